@@ -1,0 +1,91 @@
+"""The contract between `data` (which builds batches) and `model` (which consumes them).
+
+Legend of the shape letters: b rows of a microbatch, S tokens of a row, I images of a row, N images of a
+microbatch (all rows, row-major), n images held by this rank.
+
+This module imports torch and nothing else, so that both sides can depend on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PAD_POSITION = 1  # Hugging Face gives padding the position 1 (modeling_idefics.py: IdeficsModel.forward)
+NO_IMAGE = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch of one data-parallel rank. All tensors lie on the CPU.
+
+    Every model-parallel rank of a data-parallel rank holds the same values, except for `pixels`: images are
+    numbered row-major over the microbatch and tensor rank `t` of `T` holds the images of
+    `image_slice(N, t, T)`. Ranks that encode no image (later pipeline stages) hold `pixels` of length 0.
+    """
+
+    input_ids: Tensor  # [b,S] int64
+    labels: Tensor  # [b,S] int64: the token after each position (any value where loss_mask is 0)
+    loss_mask: Tensor  # [b,S] float32: 1 where the position counts in the cross entropy
+    z_mask: Tensor  # [b,S] float32: 1 where the position counts in the z-loss (real tokens, not <image>)
+    position_ids: Tensor  # [b,S] int64: PAD_POSITION at padding
+    pixels: Tensor  # [n,3,H,W] float32, normalised
+    image_index: Tensor  # [b,S] int64: which image of its own row a token sees, NO_IMAGE for none
+    images_per_row: Tensor  # [b] int64
+    source: tuple[str, ...]  # [b] name of each row's data source
+    pack_ids: Tensor  # [b] int64: global number of each row in the data stream
+    # Only for inputs that are not packed rows padded on the right (inference, parity with Hugging Face):
+    attention_mask: Tensor | None = None  # [b,S] bool: False at padding; None: no token attends to padding anyway
+    image_attention_mask: Tensor | None = None  # [b,S,I] bool: replaces image_index when a token sees several images
+
+    @property
+    def num_images(self) -> int:
+        return int(self.images_per_row.sum())
+
+
+@dataclass
+class StepData:
+    """All microbatches of one global step on one rank, and what the data side knows about the step."""
+
+    microbatches: list[Batch]
+    faults: int = 0  # samples lost to faults so far, counted by the loader
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def images_per_tensor_rank(num_images: int, tensor_size: int) -> int:
+    """Most images that one tensor rank encodes; every rank pads to it for the gather, so it is never 0."""
+    return max(1, -(-num_images // tensor_size))
+
+
+def image_slice(num_images: int, tensor_rank: int, tensor_size: int) -> slice:
+    """Which images of a microbatch a tensor rank decodes and encodes. May be empty."""
+    share = images_per_tensor_rank(num_images, tensor_size)
+    start = min(num_images, tensor_rank * share)
+    return slice(start, min(num_images, start + share))
+
+
+def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
+    """Positions that count real tokens only (HF modeling_idefics.py: IdeficsModel.forward).
+
+    Args:
+        attention_mask: [b,S], 0 at padding.
+
+    Returns:
+        [b,S] int64; PAD_POSITION where the mask is 0.
+    """
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.masked_fill(attention_mask == 0, PAD_POSITION)
+
+
+def shift_labels(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Next-token labels and their mask: position t counts iff token t+1 is real (m4 IdeficsForCausalLM.forward).
+
+    Returns:
+        labels [b,S] int64 and loss_mask [b,S] float32; the last position never counts.
+    """
+    labels = torch.roll(input_ids, shifts=-1, dims=-1)
+    loss_mask = torch.roll(attention_mask, shifts=-1, dims=-1).to(torch.float32)
+    loss_mask[:, -1] = 0.0
+    return labels, loss_mask

@@ -1,0 +1,158 @@
+"""Every key a user can set, with its default. `loader.py` fills these, `validate.py` checks them.
+
+Comments after a field are its help text: `pretrain_atum.py --help` prints them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _list(*items: Any) -> Any:
+    return field(default_factory=lambda: list(items))
+
+
+@dataclass
+class VisionConfig:
+    """CLIP vision transformer (HF: vision_config)."""
+
+    embed_dim: int = 1280
+    image_size: int = 224
+    patch_size: int = 14
+    intermediate_size: int = 5120
+    num_heads: int = 16
+    num_layers: int = 32
+    num_channels: int = 3
+    norm_eps: float = 1e-5
+    hidden_act: str = "gelu"  # gelu (exact erf) | quick_gelu | gelu_pytorch_tanh
+    interpolate_positions: bool = False  # accept images of other sizes by interpolating the position table
+
+
+@dataclass
+class PerceiverConfig:
+    """Perceiver resampler (HF: perceiver_config)."""
+
+    depth: int = 6
+    num_heads: int = 16
+    head_dim: int = 96
+    num_latents: int = 64
+    qk_norm: bool = True
+
+
+@dataclass
+class FreezeConfig:
+    """What does not train. Cross-attention, perceiver and added vocabulary always do."""
+
+    text: bool = True  # decoder layers, final norm and the base embedding
+    vision: bool = True
+    lm_head: bool = True
+    text_exceptions: list[str] = _list()  # module kinds that stay trainable: LayerNorm | Linear | Embedding
+    vision_exceptions: list[str] = _list()
+
+
+@dataclass
+class ModelConfig:
+    preset: str = "atum-9b"  # tiny | atum-9b | atum-80b: the values every other key starts from
+    vocab_size: int = 32000
+    additional_vocab_size: int = 2  # rows of the decoupled embedding and head
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_layers: int = 32
+    num_heads: int = 32
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    cross_layer_interval: int = 4  # a gated cross-attention layer stands before every n-th decoder layer
+    qk_norm: bool = True  # RMS norm of queries and keys in cross-attention
+    alpha_type: str = "float"  # float: one gate per layer | vector: one per channel
+    alpha_init: float = 0.0  # value every gate starts from
+    pad_token_id: int = 0
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    perceiver: PerceiverConfig = field(default_factory=PerceiverConfig)
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = 1  # ranks that share each layer's matrices; keep them inside a node
+    pipeline: int = 1  # stages the decoder is cut into
+    virtual_pipeline: int = 1  # chunks per stage (interleaved schedule)
+    sequence: bool = True  # split norms and residuals over the sequence where tensor > 1
+    units_per_chunk: list[int] | None = None  # units (cross-attention + its decoder layers) of each chunk, in order
+
+
+@dataclass
+class SourceConfig:
+    name: str = "???"
+    shards: str = "???"  # glob of WebDataset shards, or a manifest (.json)
+    weight: float = 1.0  # share of tokens, relative to the other sources
+    kind: str = "documents"  # documents | pairs
+    max_images: int = 70  # most images in one packed row
+
+
+@dataclass
+class DataConfig:
+    sources: list[SourceConfig] = _list()
+    tokenizer: str | None = None  # sentencepiece tokenizer.model, or the folder it lies in
+    sequence_length: int = 1024
+    p_next: float = 0.0  # probability that a row's tokens see the next image instead of the previous one
+    augment: bool = True  # random resized crop of training images (scale 0.9-1.0)
+    workers: int = 2  # decoding processes per rank; 0 decodes in the training process
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 5e-5
+    min_lr: float = 0.0  # learning rate at the end of decay_steps
+    warmup_steps: int = 2000
+    decay_steps: int = 500_000
+    schedule: str = "linear"  # linear | cosine | constant
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0  # global gradient norm; 0 turns clipping off
+    distributed: bool = True  # shard optimizer state over data-parallel ranks
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = False
+
+
+@dataclass
+class TrainingConfig:
+    steps: int = 200_000
+    micro_batch_size: int = 1  # packed rows per microbatch
+    global_batch_size: int = 3584  # packed rows per step, over all data-parallel ranks
+    seed: int = 42
+    precision: str = "auto"  # auto (bf16 with CUDA, fp32 without) | bf16 | fp32
+    loss_normalization: str = "tokens"  # tokens: global token mean | idefics: mean of microbatch means
+    z_loss: float = 1e-3  # weight of mean(logsumexp^2); 0 turns it off
+
+
+@dataclass
+class CheckpointConfig:
+    save_every: int = 250  # steps between checkpoints; 0 saves only at the end
+    load: str | None = "latest"  # latest (of this run) | a step folder | an IDEFICS folder in HF format | none
+    init: str | None = None  # IDEFICS folder in HF format to start from when there is no checkpoint to load
+    keep: int = 2  # newest checkpoints kept; 0 keeps all
+
+
+@dataclass
+class LoggingConfig:
+    root: str = "runs"
+    run: str = "default"  # the run folder is root/run
+    every: int = 1  # steps between printed lines
+    progress: bool = True  # progress bar on a terminal
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

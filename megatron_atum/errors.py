@@ -1,0 +1,17 @@
+"""What a user can get wrong. Everything else is a bug and may end in a traceback."""
+
+
+class AtumError(Exception):
+    """A mistake the user can mend. Entry points print it as one line and exit with code 2."""
+
+
+class ConfigError(AtumError):
+    """A configuration that cannot run: names the key and a value that would work."""
+
+
+class DataError(AtumError):
+    """Data that cannot be used: names the file and the key, and how to mend it."""
+
+
+class CheckpointError(AtumError):
+    """A checkpoint or Hugging Face folder that cannot be used: names it and says why."""
