@@ -80,12 +80,16 @@ def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
 
 
 def shift_labels(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token labels and their mask: position t counts iff token t+1 is real (m4 IdeficsForCausalLM.forward).
+    """Next-token labels and their mask: position t counts iff tokens t and t+1 are real.
+
+    m4 (IdeficsForCausalLM.forward) asks it of t+1 only, which is the same for its padding on the right; with padding
+    on the left, what a padding position computes must not enter the loss.
 
     Returns:
         labels [b,S] int64 and loss_mask [b,S] float32; the last position never counts.
     """
     labels = torch.roll(input_ids, shifts=-1, dims=-1)
-    loss_mask = torch.roll(attention_mask, shifts=-1, dims=-1).to(torch.float32)
+    real = attention_mask.to(torch.float32)
+    loss_mask = real * torch.roll(real, shifts=-1, dims=-1)
     loss_mask[:, -1] = 0.0
     return labels, loss_mask

@@ -1,0 +1,70 @@
+"""Core attention for megatron-core's layers, over torch's scaled dot product kernels.
+
+Legend: S sequence, B batch, A heads of this rank, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+
+class TorchAttention(MegatronModule):
+    """softmax(q k^T / sqrt(D)) v. Takes the arguments with which megatron-core builds a core attention."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query_SBAD: Tensor,
+        key_SBAD: Tensor,
+        value_SBAD: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """attention_mask [B,1,S,S] is True where attention is forbidden; without one the mask type decides.
+
+        Returns:
+            [S,B,A*D]
+        """
+        mask_type = attn_mask_type or self.attn_mask_type
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
+        out_BASD = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None and mask_type == AttnMaskType.causal,
+            scale=self.softmax_scale,
+        )
+        return out_BASD.permute(2, 0, 1, 3).flatten(2)
+
+
+def causal_mask(attention_mask_BS: Tensor) -> Tensor:
+    """Forbidden pairs of a batch with padding, [B,1,S,S] bool.
+
+    A padding token may attend to itself, so that no row is empty; what it computes is never used.
+    """
+    S = attention_mask_BS.shape[1]
+    causal = torch.ones(S, S, dtype=torch.bool, device=attention_mask_BS.device).tril()
+    own = torch.eye(S, dtype=torch.bool, device=attention_mask_BS.device)
+    allowed = (causal & attention_mask_BS.bool()[:, None, None, :]) | own
+    return ~allowed

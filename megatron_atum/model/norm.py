@@ -1,0 +1,58 @@
+"""Norms that work under sequence parallelism: their weights say how their gradient is combined."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from torch import Tensor, nn
+
+from megatron_atum.parallel.gradients import mark_replicated
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (HF modeling_idefics.py: IdeficsRMSNorm).
+
+    The statistics are fp32; the normalised value is rounded to the input's dtype before the product with the
+    weight, as there. Takes the arguments with which megatron-core builds a norm.
+
+    Args:
+        sum_gradient: each tensor rank sees only a part of what this norm is applied to (its heads, or under
+            sequence parallelism its tokens), so gradients must be summed. Default: sequence parallelism is on.
+    """
+
+    def __init__(
+        self,
+        config: ModelParallelConfig,
+        hidden_size: int,
+        eps: float = 1e-6,
+        sum_gradient: bool | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        self.weight = mark_replicated(
+            weight, sum_gradient=config.sequence_parallel if sum_gradient is None else sum_gradient
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with bias. Arguments as for `RMSNorm`."""
+
+    def __init__(
+        self,
+        config: ModelParallelConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        sum_gradient: bool = False,
+        **_: Any,
+    ) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        mark_replicated(self.weight, sum_gradient=sum_gradient)
+        mark_replicated(self.bias, sum_gradient=sum_gradient)

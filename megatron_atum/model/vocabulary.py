@@ -1,0 +1,188 @@
+"""Decoupled embedding and head: a base table of V rows, frozen in pretraining, and A added rows that train.
+
+The base tables are split over tensor ranks by vocabulary, padded so that it divides. The added rows are on every
+rank; in the head, only the last tensor rank's copy counts.
+
+Legend: S tokens, s tokens of this rank under sequence parallelism (else S), b rows, H hidden width, C columns of
+this rank (base share + A).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from megatron_atum.config.schema import ModelConfig
+from megatron_atum.model.linear import column_linear
+from megatron_atum.parallel.gradients import mark_replicated
+from megatron_atum.parallel.groups import ProcessGroups
+
+
+def padded_vocabulary(vocab_size: int, tensor_size: int) -> int:
+    return -(-vocab_size // tensor_size) * tensor_size
+
+
+class _AddedRows(nn.Module):
+    """Rows for the tokens beyond the base vocabulary."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, *, sum_gradient: bool) -> None:
+        super().__init__()
+        self.weight = mark_replicated(nn.Parameter(torch.empty(rows, width, dtype=dtype)), sum_gradient=sum_gradient)
+
+
+class DecoupledEmbedding(MegatronModule):
+    """Ids below V look up the base table, the others the added rows (HF: IdeficsDecoupledEmbedding)."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, groups: ProcessGroups) -> None:
+        super().__init__(config=config)
+        self.vocab_size = model.vocab_size
+        self.groups = groups
+        self.base = VocabParallelEmbedding(
+            padded_vocabulary(model.vocab_size, groups.layout.tensor),
+            model.hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+            tp_group=groups.tensor,
+        )
+        self.added = None
+        if model.additional_vocab_size:
+            self.added = _AddedRows(
+                model.additional_vocab_size,
+                model.hidden_size,
+                config.params_dtype,
+                sum_gradient=config.sequence_parallel,
+            )
+
+    def forward(self, input_ids_bS: Tensor) -> Tensor:
+        """[b,S] -> [s,b,H]."""
+        is_added_bS = input_ids_bS >= self.vocab_size
+        base = self.base(input_ids_bS.masked_fill(is_added_bS, 0))
+        base_sbH = base if self.config.sequence_parallel else base.transpose(0, 1)
+        if self.added is None:
+            return base_sbH.contiguous()
+        index_sb, is_added_sb = self._own_tokens(input_ids_bS - self.vocab_size), self._own_tokens(is_added_bS)
+        # Every added row takes part, so that its gradient is reached whatever tokens the microbatch has.
+        added_sbH = nn.functional.embedding(index_sb.clamp(min=0), self.added.weight)
+        return torch.where(is_added_sb[:, :, None], added_sbH, base_sbH)
+
+    def _own_tokens(self, x_bS: Tensor) -> Tensor:
+        """[b,S] -> [s,b]: this rank's share of the sequence."""
+        x_Sb = x_bS.t()
+        if not self.config.sequence_parallel:
+            return x_Sb
+        return x_Sb.chunk(self.groups.layout.tensor)[self.groups.tensor_rank]
+
+
+class DecoupledHead(MegatronModule):
+    """Logits over V base and A added tokens, split over tensor ranks (HF: IdeficsDecoupledLinear).
+
+    A rank's columns are its share of the padded base vocabulary and then the A added ones. Columns that are not
+    this rank's to count (padding; the added ones except on the last rank) are -inf, so they add nothing to a
+    softmax and get no gradient.
+    """
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, groups: ProcessGroups) -> None:
+        super().__init__(config=config)
+        self.groups = groups
+        self.vocab_size, self.added_size = model.vocab_size, model.additional_vocab_size
+        padded = padded_vocabulary(model.vocab_size, groups.layout.tensor)
+        self.base = column_linear(config, model.hidden_size, padded, groups.tensor, reduce_input_gradient=False)
+        self.added = None
+        if self.added_size:
+            self.added = _AddedRows(self.added_size, model.hidden_size, config.params_dtype, sum_gradient=True)
+        self.share = padded // groups.layout.tensor
+        self.start = self.share * groups.tensor_rank
+        self.is_last = groups.tensor_rank == groups.layout.tensor - 1
+
+    def forward(self, hidden_sbH: Tensor) -> Tensor:
+        """[s,b,H] -> logits of this rank's columns [S,b,C]."""
+        enter = self._gather if self.config.sequence_parallel else self._copy
+        hidden_SbH = enter(hidden_sbH)
+        logits, _ = self.base(hidden_SbH)
+        if self.added is not None:
+            logits = torch.cat((logits, nn.functional.linear(hidden_SbH, self.added.weight)), dim=-1)
+        foreign_C = self._foreign_columns(logits.device)
+        return logits.masked_fill(foreign_C, float("-inf"))
+
+    def _gather(self, hidden_sbH: Tensor) -> Tensor:
+        return gather_from_sequence_parallel_region(
+            hidden_sbH, tensor_parallel_output_grad=True, group=self.groups.tensor
+        )
+
+    def _copy(self, hidden_SbH: Tensor) -> Tensor:
+        return copy_to_tensor_model_parallel_region(hidden_SbH, group=self.groups.tensor)
+
+    def _foreign_columns(self, device: torch.device) -> Tensor:
+        columns_C = torch.arange(self.share + self.added_size, device=device)
+        padding = (columns_C < self.share) & (columns_C + self.start >= self.vocab_size)
+        added = columns_C >= self.share
+        return padding if self.is_last else padding | added
+
+    def target_columns(self, labels: Tensor) -> Tensor:
+        """Column of each label on this rank, -1 where another rank holds it."""
+        own_base = (labels >= self.start) & (labels < min(self.start + self.share, self.vocab_size))
+        column = torch.where(own_base, labels - self.start, -1)
+        if self.is_last:
+            column = torch.where(labels >= self.vocab_size, labels - self.vocab_size + self.share, column)
+        return column
+
+    def gather_logits(self, logits_SbC: Tensor) -> Tensor:
+        """[S,b,C] -> all real columns [S,b,V+A] on every tensor rank. No gradient: for inspection and inference."""
+        logits_SbC = logits_SbC.detach().contiguous()
+        parts = [torch.empty_like(logits_SbC) for _ in range(self.groups.layout.tensor)]
+        dist.all_gather(parts, logits_SbC, group=self.groups.tensor)
+        base = torch.cat([part[..., : self.share] for part in parts], dim=-1)[..., : self.vocab_size]
+        return torch.cat((base, parts[-1][..., self.share :]), dim=-1)
+
+
+class _LogSumExpAndTarget(torch.autograd.Function):
+    """logsumexp over all ranks' columns and the target's logit, both fp32, keeping only the logits for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, column: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        scores = logits.float()
+        largest = scores.amax(-1)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        total = (scores - largest[..., None]).exp().sum(-1)
+        is_here = column >= 0
+        target = torch.where(is_here, scores.gather(-1, column.clamp(min=0)[..., None]).squeeze(-1), 0.0)
+        both = torch.stack((total, target))
+        dist.all_reduce(both, group=group)
+        total, target = both
+        log_sum_exp = largest + total.log()
+        ctx.save_for_backward(logits, column, log_sum_exp)
+        return log_sum_exp, target
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        grad_log_sum_exp, grad_target = gradients
+        logits, column, log_sum_exp = ctx.saved_tensors
+        grad = (logits.float() - log_sum_exp[..., None]).exp_() * grad_log_sum_exp[..., None]
+        here = torch.where(column >= 0, grad_target, 0.0)[..., None]
+        grad.scatter_add_(-1, column.clamp(min=0)[..., None], here)
+        return grad.to(logits.dtype), None, None
+
+
+def log_sum_exp_and_target(logits: Tensor, column: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Parts of cross entropy and z-loss over a vocabulary that is split over `group`.
+
+    Args:
+        logits: [..., C] of this rank, -inf where a column is not this rank's.
+        column: [...] from `DecoupledHead.target_columns`.
+
+    Returns:
+        logsumexp [...] and the target's logit [...], fp32, equal on all ranks of the group. Cross entropy is their
+        difference; z-loss is the square of the first.
+    """
+    return _LogSumExpAndTarget.apply(logits, column, group)

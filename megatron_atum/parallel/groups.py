@@ -1,0 +1,105 @@
+"""Process groups of a layout. The only place that initialises megatron-core's parallel state."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_atum.parallel.cpu_compat import emulated_cuda, install_cpu_rng
+from megatron_atum.parallel.device import backend, device
+from megatron_atum.parallel.layout import Chunk, ParallelLayout
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """This process's place in a layout and the groups it communicates in."""
+
+    layout: ParallelLayout
+    rank: int
+    pipeline_rank: int
+    data_rank: int
+    tensor_rank: int
+    tensor: dist.ProcessGroup
+    data: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    collection: ProcessGroupCollection  # what megatron-core's modules take
+    alone: ProcessGroupCollection  # the same with a tensor group of this rank only, for modules that are not split
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        return self.layout.chunks_of(self.pipeline_rank)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.layout.pipeline - 1
+
+
+def start_distributed(timeout_s: float = 600.0) -> None:
+    """Join the default process group from torchrun's environment (a single process needs no environment)."""
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    single = "RANK" not in os.environ
+    dist.init_process_group(
+        backend(),
+        timeout=datetime.timedelta(seconds=timeout_s),
+        **({"rank": 0, "world_size": 1, "store": dist.HashStore()} if single else {}),
+    )
+
+
+def build_groups(layout: ParallelLayout, seed: int = 1) -> ProcessGroups:
+    """Create the groups of a layout. Collective over all ranks; the default process group must exist."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=False,
+    )
+    install_cpu_rng()
+    with emulated_cuda():
+        model_parallel_cuda_manual_seed(seed)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    alone = ProcessGroupCollection.use_mpu_process_groups()
+    alone.tp = collection.cp  # context parallelism is not used, so its group holds this rank only
+    rank = dist.get_rank()
+    pipeline_rank, data_rank, tensor_rank = layout.coordinates(rank)
+    groups = ProcessGroups(
+        layout=layout,
+        rank=rank,
+        pipeline_rank=pipeline_rank,
+        data_rank=data_rank,
+        tensor_rank=tensor_rank,
+        tensor=collection.tp,
+        data=collection.dp,
+        pipeline=collection.pp,
+        collection=collection,
+        alone=alone,
+    )
+    _check_coordinates(groups)
+    return groups
+
+
+def stop_distributed() -> None:
+    """Leave all groups. Not for error paths: it would wait for ranks that are gone."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _check_coordinates(groups: ProcessGroups) -> None:
+    """Our documented rank order must be the one megatron-core uses."""
+    place = (groups.pipeline.rank(), groups.data.rank(), groups.tensor.rank())
+    assert place == (groups.pipeline_rank, groups.data_rank, groups.tensor_rank), place
