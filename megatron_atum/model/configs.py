@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import ConfigError
+from megatron_atum.parallel.device import has_accelerator
 from megatron_atum.parallel.layout import ParallelLayout
 
 
@@ -33,7 +34,7 @@ def _base(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "use_cpu_initialization": not torch.cuda.is_available(),
+        "use_cpu_initialization": not has_accelerator(),
         "perform_initialization": False,  # checkpoint/initialise.py fills every weight, equal at every layout
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
@@ -80,7 +81,7 @@ def decoder_config(model: ModelConfig, layout: ParallelLayout, dtype: torch.dtyp
         pipeline_dtype=dtype,
         # Gloo's asynchronous send reads the tensor after the call; the overlapped schedule frees it at once. Streams
         # keep NCCL in order.
-        deallocate_pipeline_outputs=torch.cuda.is_available() or not interleaved,
+        deallocate_pipeline_outputs=has_accelerator() or not interleaved,
         # Two stages with batched p2p exchange the wrong tensors in megatron-core 0.16.1's interleaved schedule.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,

@@ -9,19 +9,23 @@ import torch
 from megatron_atum.config.schema import TrainingConfig
 
 
+def has_accelerator() -> bool:
+    return torch.cuda.is_available()
+
+
 def device() -> torch.device:
     """The accelerator of this process (chosen by LOCAL_RANK), or the CPU."""
-    if torch.cuda.is_available():
+    if has_accelerator():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    return "nccl" if has_accelerator() else "gloo"
 
 
 def training_dtype(config: TrainingConfig) -> torch.dtype:
     """`auto` is bf16 with CUDA and fp32 without."""
     if config.precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return torch.bfloat16 if has_accelerator() else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]

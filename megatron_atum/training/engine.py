@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_atum.batch import Batch
+from megatron_atum.checkpoint.run_state import inner_optimizers
 from megatron_atum.config.schema import Config
 from megatron_atum.model.inputs import StageInput, prepare, stage_rows
 from megatron_atum.model.stage import build_stages
@@ -34,6 +35,7 @@ class StepResult:
     losses: dict[str, float]  # loss, z_loss, loss/<source>; equal on every rank
     grad_norm: float
     lr: float  # that the step was taken with
+    images: int  # over all data-parallel ranks
 
 
 class Engine:
@@ -64,7 +66,7 @@ class Engine:
             _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         losses = report_sums(reports, settings, self.groups, self.device)
-        return StepResult(losses, float(grad_norm or 0.0), lr)
+        return StepResult(losses, float(grad_norm or 0.0), lr, settings.images)
 
     def forward_backward(self, batches: list[Batch]) -> tuple[LossSettings, list[Tensor]]:
         """Gradients of a step, reduced. Returns what `report_sums` needs."""
@@ -81,6 +83,14 @@ class Engine:
         inputs = prepare(batches, self.config.model, self.groups, self.device, self.dtype)
         with torch.no_grad():
             return self._run(inputs, _logits_step, self.stages, forward_only=True, collect=True)
+
+    def model_flops(self, tokens: int, images: int) -> float:
+        """Model FLOPs of a step over all ranks (flops.py). tokens: positions computed, padding included."""
+        return 0.0  # TODO
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        return inner_optimizers(self.optimizer)[0]
 
     def _run(self, inputs: list[StageInput], forward_step: Any, chunks: list[Any], **options: bool) -> list[Any]:
         return run_schedule(

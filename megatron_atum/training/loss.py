@@ -27,6 +27,7 @@ class LossSettings:
 
     tokens: float  # positions of the step that count in the cross entropy, over all data-parallel ranks
     z_tokens: float  # positions that count in the z-loss
+    images: int  # of the step, over all data-parallel ranks
     z_weight: float
     per_microbatch_mean: bool  # training.loss_normalization=idefics
     microbatches: int  # of one data-parallel rank
@@ -46,14 +47,15 @@ def loss_settings(
     sources: tuple[str, ...],
     device: torch.device,
 ) -> LossSettings:
-    """Count the step's tokens. Collective over the data-parallel group."""
-    sums = [(batch.loss_mask.sum(), batch.z_mask.sum()) for batch in batches]
+    """Count the step's tokens and images. Collective over the data-parallel group."""
+    sums = [(batch.loss_mask.sum(), batch.z_mask.sum(), batch.num_images) for batch in batches]
     counts = torch.tensor(sums, dtype=torch.float64).sum(0).to(device)
     dist.all_reduce(counts, group=groups.data)
-    tokens, z_tokens = counts.tolist()
+    tokens, z_tokens, images = counts.tolist()
     return LossSettings(
         tokens=tokens,
         z_tokens=z_tokens,
+        images=int(images),
         z_weight=config.z_loss,
         per_microbatch_mean=config.loss_normalization == "idefics",
         microbatches=len(batches),

@@ -1,0 +1,36 @@
+# make help lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup lint types unit test demo clean
+
+export OMP_NUM_THREADS ?= 1
+PYTHON := .venv/bin/python
+SOURCES := $(wildcard megatron_atum tools tests benchmarks examples setup.py pretrain_atum.py)
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: ## .venv with the pinned packages; does nothing when it is up to date
+	@bash tools/setup_env.sh
+
+lint: setup ## ruff: rules and format
+	@echo "== ruff check" && $(PYTHON) -m ruff check $(SOURCES)
+	@echo "== ruff format --check" && $(PYTHON) -m ruff format --check $(SOURCES)
+
+types: setup ## mypy
+	@echo "== mypy" && $(PYTHON) -m mypy
+
+unit: setup ## pytest; ARGS="tests/model -k gate" chooses what
+	@echo "== pytest" && $(PYTHON) -m pytest $(ARGS)
+
+test: ## lint, types and all tests
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory unit
+
+demo: setup ## the main job on real photographs: train TP2 x PP2, kill, resume, export, caption
+	@$(PYTHON) examples/tiny/demo.py
+
+clean: ## removes caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,127 @@
+"""Checks of values that do not depend on the number of processes (for those: parallel/layout.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_atum.config.schema import Config
+from megatron_atum.config.suggest import unknown
+from megatron_atum.errors import ConfigError
+
+_CHOICES = {
+    "model.alpha_type": ("float", "vector"),
+    "training.precision": ("auto", "bf16", "fp32"),
+    "training.loss_normalization": ("tokens", "idefics"),
+    "optimizer.schedule": ("linear", "cosine", "constant"),
+}
+_POSITIVE = (
+    "model.vocab_size",
+    "model.hidden_size",
+    "model.intermediate_size",
+    "model.num_layers",
+    "model.num_heads",
+    "model.cross_layer_interval",
+    "model.vision.image_size",
+    "model.vision.patch_size",
+    "model.vision.num_layers",
+    "model.perceiver.depth",
+    "model.perceiver.num_latents",
+    "data.sequence_length",
+    "training.steps",
+    "optimizer.decay_steps",
+    "logging.every",
+)
+_NOT_NEGATIVE = (
+    "model.additional_vocab_size",
+    "data.workers",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "training.z_loss",
+    "checkpoint.save_every",
+    "checkpoint.keep",
+)
+_FREEZE_EXCEPTIONS = ("LayerNorm", "Linear", "Embedding")
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError naming the first key with a value that cannot work."""
+    for key, choices in _CHOICES.items():
+        if _get(config, key) not in choices:
+            raise ConfigError(unknown(key, str(_get(config, key)), choices))
+    for key in _POSITIVE:
+        if _get(config, key) <= 0:
+            raise ConfigError(f"{key}={_get(config, key)}: must be at least 1")
+    for key in _NOT_NEGATIVE:
+        if _get(config, key) < 0:
+            raise ConfigError(f"{key}={_get(config, key)}: must not be negative")
+    _check_model(config)
+    _check_optimizer(config)
+    _check_sources(config)
+
+
+def _get(config: Config, key: str) -> object:
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _multiple(key: str, value: int, of: str, divisor: int) -> None:
+    if value % divisor:
+        fit = max(divisor, value // divisor * divisor)
+        raise ConfigError(f"{key}={value} is not a multiple of {of}={divisor}; {key}={fit} would work")
+
+
+def _check_model(config: Config) -> None:
+    m = config.model
+    _multiple("model.hidden_size", m.hidden_size, "model.num_heads", m.num_heads)
+    _multiple("model.vision.embed_dim", m.vision.embed_dim, "model.vision.num_heads", m.vision.num_heads)
+    if (m.hidden_size // m.num_heads) % 2:
+        raise ConfigError(
+            f"model.hidden_size / model.num_heads = {m.hidden_size // m.num_heads} is odd, and rotary embeddings need "
+            "an even head width"
+        )
+    for key, names in (("text", m.freeze.text_exceptions), ("vision", m.freeze.vision_exceptions)):
+        _known(f"model.freeze.{key}_exceptions", names, _FREEZE_EXCEPTIONS)
+    if config.data.sequence_length > m.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length} exceeds "
+            f"model.max_position_embeddings={m.max_position_embeddings}; "
+            f"data.sequence_length={m.max_position_embeddings} would work"
+        )
+
+
+def _known(key: str, names: Iterable[str], choices: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in choices:
+            raise ConfigError(unknown(key, name, choices))
+
+
+def _check_optimizer(config: Config) -> None:
+    o = config.optimizer
+    if o.overlap_param_gather and not (o.distributed and o.overlap_grad_reduce):
+        raise ConfigError(
+            "optimizer.overlap_param_gather=true needs optimizer.distributed=true and "
+            "optimizer.overlap_grad_reduce=true"
+        )
+    if o.min_lr > o.lr:
+        raise ConfigError(f"optimizer.min_lr={o.min_lr} is above optimizer.lr={o.lr}")
+    if o.warmup_steps >= o.decay_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={o.warmup_steps} is not below optimizer.decay_steps={o.decay_steps}; "
+            f"optimizer.warmup_steps={o.decay_steps // 10} would work"
+        )
+
+
+def _check_sources(config: Config) -> None:
+    names = [source.name for source in config.data.sources]
+    for place, source in enumerate(config.data.sources):
+        key = f"data.sources[{place}]"
+        _known(f"{key}.kind", [source.kind], ("documents", "pairs"))
+        if source.weight <= 0:
+            raise ConfigError(f"{key}.weight={source.weight}: must be above 0")
+        if source.max_images < 1:
+            raise ConfigError(f"{key}.max_images={source.max_images}: must be at least 1")
+        if names.count(source.name) > 1:
+            raise ConfigError(f"{key}.name={source.name!r} is used twice; sources need names of their own")

@@ -1,0 +1,148 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_atum import __version__
+from megatron_atum.batch import Batch, StepData
+from megatron_atum.checkpoint.files import sync
+from megatron_atum.checkpoint.run_state import RunCheckpoint
+from megatron_atum.checkpoint.weights import fill, initialise
+from megatron_atum.config.loader import to_yaml
+from megatron_atum.errors import DataError
+from megatron_atum.parallel.groups import ProcessGroups
+from megatron_atum.training.engine import Engine, StepResult
+from megatron_atum.training.metrics import MetricsFile, Terminal
+from megatron_atum.training.start import Start
+
+
+class Trainer:
+    """Trains from a checked start to `training.steps`. Its process groups must exist."""
+
+    def __init__(self, start: Start, groups: ProcessGroups) -> None:
+        self.start, self.config, self.groups = start, start.config, groups
+        self.engine = Engine(self.config, groups)
+        self.checkpoint = RunCheckpoint(self.config, groups, self.engine)
+        self.metrics = MetricsFile(start.run_folder / "metrics.jsonl", writes=groups.rank == 0)
+        self.step = start.resume.step if start.resume else 0
+        self.data_s = 0.0
+        self._fill_weights()
+
+    def fit(self) -> None:
+        """Train to the last step, saving on the way and at the end. Collective over all ranks."""
+        self._begin()
+        saved_at = self.step
+        while self.step < self.config.training.steps:
+            began = time.perf_counter()
+            data = self._next_step()
+            result = self.engine.step(data.microbatches)
+            self.step += 1
+            self._log(result, data, time.perf_counter() - began)
+            every = self.config.checkpoint.save_every
+            if every and self.step % every == 0:
+                self._save()
+                saved_at = self.step
+        if saved_at != self.step:
+            self._save()
+        self._end()
+
+    def _fill_weights(self) -> None:
+        engine, start = self.engine, self.start
+        if start.backbones is not None:
+            fill(engine.stages, self.config.model, self.groups, start.backbones.read)
+        elif start.resume is None:
+            initialise(engine.stages, self.config.model, self.groups, self.config.training.seed)
+        engine.build_optimizer()
+        if start.resume is not None:
+            self.checkpoint.load(start.resume)
+
+    def _next_step(self) -> StepData:
+        """The step's microbatches; if the data of any rank is at fault, all ranks raise."""
+        began = time.perf_counter()
+        data, error = StepData([]), ""
+        try:
+            data = self.start.loader.next_step()
+        except DataError as problem:
+            error = str(problem)
+        failed = torch.tensor(float(bool(error)), device=self.engine.device)
+        dist.all_reduce(failed)
+        if failed:
+            errors: list[str] = [""] * dist.get_world_size()
+            dist.all_gather_object(errors, error)
+            raise DataError(next(text for text in errors if text))
+        self.data_s = time.perf_counter() - began
+        return data
+
+    def _begin(self) -> None:
+        rank_0 = self.groups.rank == 0
+        logging = self.config.logging
+        self.terminal = Terminal(
+            shows=rank_0,
+            bar=logging.progress,
+            total=self.config.training.steps,
+            start=self.step,
+            every=logging.every,
+        )
+        self._say_start()
+        self.metrics.resume_after(self.step)
+        self.metrics.write(event="resume" if self.start.resume else "start", step=self.step)
+        if rank_0:
+            path = self.start.run_folder / "config.yaml"
+            path.write_text(to_yaml(self.config))
+            sync(path)
+
+    def _say_start(self) -> None:
+        trains = sum(p.numel() for s in self.engine.stages for p in s.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for s in self.engine.stages for p in s.parameters() if not p.requires_grad)
+        source = "drawn from the seed"
+        if self.start.resume:
+            source = f"step {self.step} of {self.start.resume.folder}"
+        elif self.start.backbones:
+            source = str(self.start.backbones.path)
+        kernels = type(self.engine.inner_optimizer).__module__.split(".")[0]
+        self.terminal.say(
+            f"Megatron-ATUM {__version__}, torch {torch.__version__}, {self.engine.device.type}, {self.engine.dtype}\n"
+            f"layout: {self.groups.layout.describe()}\n"
+            f"this rank: {trains:,} trainable and {frozen:,} frozen parameters; optimizer kernels: {kernels}\n"
+            f"weights: {source}"
+        )
+        for name, faults in self.start.loader.fault_report().items():
+            if faults:
+                self.terminal.say(f"data: {name}: samples dropped: {faults}")
+
+    def _log(self, result: StepResult, data: StepData, step_s: float) -> None:
+        tokens = _positions(data.microbatches) * self.groups.layout.data
+        values: dict[str, Any] = {
+            "step": self.step,
+            **result.losses,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": tokens,
+            "images": result.images,
+            "tokens_per_s_per_device": tokens / step_s / self.groups.layout.world_size,
+            "model_tflops": self.engine.model_flops(tokens, result.images) / step_s / self.groups.layout.world_size / 1e12,
+            "step_s": step_s,
+            "data_s": self.data_s,
+            "faults": data.faults,
+        }
+        self.metrics.write(**values)
+        self.terminal.step(values)
+
+    def _save(self) -> None:
+        folder = self.checkpoint.save(self.start.checkpoints, self.step, self.start.loader.state_dict())
+        self.metrics.write(event="save", step=self.step)
+        self.terminal.say(f"saved {folder}")
+
+    def _end(self) -> None:
+        self.start.loader.close()
+        self.terminal.close()
+
+
+def _positions(microbatches: list[Batch]) -> int:
+    """Positions the model computes, padding included."""
+    return sum(batch.input_ids.numel() for batch in microbatches)

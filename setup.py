@@ -1,0 +1,47 @@
+"""Packaging of megatron_atum.
+
+The ranges say what the code needs; constraints.txt says what `make setup` installs on a CPU machine and what the
+tests ran with. apex is no requirement: the package of that name on the index is another project, and the
+real one comes with NVIDIA's container.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megatron_atum" / "__init__.py").read_text(), re.MULTILINE)
+if VERSION is None:
+    raise SystemExit('setup.py: megatron_atum/__init__.py has no line __version__ = "..."')
+
+setup(
+    name="megatron_atum",
+    version=VERSION.group(1),
+    description="Flamingo-style vision-language training with 3D parallelism on megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["megatron_atum", "megatron_atum.*"]),
+    package_data={"megatron_atum": ["py.typed", "**/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core==0.16.1",
+        "numpy>=1.26",
+        "omegaconf>=2.3,<3",
+        "packaging>=24.2",
+        "pillow>=10",
+        "protobuf>=4.25",  # transformers needs it to read a LLaMA tokenizer.model
+        "psutil>=5.9",  # megatron-core's checkpoint writer imports it without asking for it
+        "pyyaml>=6",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2",
+        "tqdm>=4.66",
+        "transformers>=5.20,<6",
+        "webdataset>=0.2.100,<2",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.0"],
+        "demo": ["matplotlib>=3.8", "scikit-image>=0.24", "scikit-learn>=1.5"],
+        "dev": ["mypy>=1.11", "pytest>=8", "ruff>=0.6", "types-PyYAML", "types-protobuf", "types-psutil", "types-tqdm"],
+    },
+)
