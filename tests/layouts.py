@@ -56,7 +56,7 @@ LAYOUTS = [
 
 def test_config(model: ModelConfig, **changes: Any) -> Config:
     """Adam's eps is large, so that a gradient near zero cannot flip an update; learning rate from the first step."""
-    optimizer = {"lr": 1e-2, "warmup_steps": 0, "decay_steps": 100, "eps": 1e-3, "overlap_grad_reduce": True}
+    optimizer = {"lr": 3e-3, "warmup_steps": 0, "decay_steps": 100, "eps": 1e-3, "overlap_grad_reduce": True}
     training = {"precision": "fp32", "z_loss": 0.01}
     for key, value in changes.items():
         (training if hasattr(TrainingConfig, key) else optimizer)[key] = value

@@ -7,100 +7,129 @@ from typing import Any
 from megatron_atum.config.schema import FreezeConfig, ModelConfig, PerceiverConfig, VisionConfig
 from megatron_atum.errors import CheckpointError
 
-# Hugging Face key -> ours, same meaning and type, read and written alike.
-_TOP = {
-    "vocab_size": "vocab_size",
-    "additional_vocab_size": "additional_vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "rms_norm_eps": "norm_eps",
-    "max_position_embeddings": "max_position_embeddings",
-    "cross_layer_interval": "cross_layer_interval",
-    "qk_layer_norms": "qk_norm",
-    "alpha_type": "alpha_type",
-    "pad_token_id": "pad_token_id",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
+# Hugging Face key -> ours and Hugging Face's default (configuration_idefics.py), which an absent key or null means.
+_Keys = dict[str, tuple[str, Any]]
+_TOP: _Keys = {
+    "vocab_size": ("vocab_size", 32000),
+    "additional_vocab_size": ("additional_vocab_size", 0),
+    "hidden_size": ("hidden_size", 4096),
+    "intermediate_size": ("intermediate_size", 11008),
+    "num_hidden_layers": ("num_layers", 32),
+    "num_attention_heads": ("num_heads", 32),
+    "rms_norm_eps": ("norm_eps", 1e-6),
+    "max_position_embeddings": ("max_position_embeddings", 2048),
+    "cross_layer_interval": ("cross_layer_interval", 1),
+    "qk_layer_norms": ("qk_norm", False),
+    "alpha_type": ("alpha_type", "float"),
+    "pad_token_id": ("pad_token_id", 0),
+    "bos_token_id": ("bos_token_id", 1),
+    "eos_token_id": ("eos_token_id", 2),
 }
-_VISION = {
-    "embed_dim": "embed_dim",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "intermediate_size": "intermediate_size",
-    "num_attention_heads": "num_heads",
-    "num_hidden_layers": "num_layers",
-    "num_channels": "num_channels",
-    "layer_norm_eps": "norm_eps",
-    "hidden_act": "hidden_act",
+_VISION: _Keys = {
+    "embed_dim": ("embed_dim", 768),
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 14),
+    "intermediate_size": ("intermediate_size", 5120),
+    "num_attention_heads": ("num_heads", 16),
+    "num_hidden_layers": ("num_layers", 32),
+    "num_channels": ("num_channels", 3),
+    "layer_norm_eps": ("norm_eps", 1e-5),
+    "hidden_act": ("hidden_act", "gelu"),
 }
-_PERCEIVER = {
-    "resampler_depth": "depth",
-    "resampler_n_heads": "num_heads",
-    "resampler_head_dim": "head_dim",
-    "resampler_n_latents": "num_latents",
-    "qk_layer_norms_perceiver": "qk_norm",
+_PERCEIVER: _Keys = {
+    "resampler_depth": ("depth", 6),
+    "resampler_n_heads": ("num_heads", 16),
+    "resampler_head_dim": ("head_dim", 96),
+    "resampler_n_latents": ("num_latents", 64),
+    "qk_layer_norms_perceiver": ("qk_norm", False),
 }
-_FREEZE = {"freeze_text_layers": "text", "freeze_vision_layers": "vision", "freeze_lm_head": "lm_head"}
+_FREEZE: _Keys = {
+    "freeze_text_layers": ("text", True),
+    "freeze_vision_layers": ("vision", True),
+    "freeze_lm_head": ("lm_head", False),
+}
+_EXCEPTIONS: _Keys = {
+    "freeze_text_module_exceptions": ("text_exceptions", []),
+    "freeze_vision_module_exceptions": ("vision_exceptions", []),
+}
 
-# What this project does not build, with the only value it accepts.
-_FIXED: dict[str, Any] = {
-    "model_type": "idefics",
-    "hidden_act": "silu",
-    "use_resampler": True,
-    "tie_word_embeddings": False,
-    "dropout": 0.0,
+# What this project does not build, with the only value it accepts, and what an absent key means.
+_FIXED: dict[str, tuple[Any, Any]] = {
+    "model_type": ("idefics", None),
+    "hidden_act": ("silu", "silu"),
+    "use_resampler": (True, False),
+    "tie_word_embeddings": (False, False),
+    "dropout": (0.0, 0.0),
 }
 
 
 def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """A model configuration from the content of config.json, as `PretrainedConfig.to_dict` gives it.
+    """A model configuration from the content of config.json, from the hub or as `PretrainedConfig.to_dict` gives it.
 
     Raises:
         CheckpointError: not an IDEFICS model, or one with a part that is not supported; names file and key.
     """
-    for key, value in _FIXED.items():
-        if hf.get(key, value) != value:
-            raise CheckpointError(f"{where}: {key}={hf[key]!r} is not supported, only {value!r}")
-    if hf.get("vision_config", {}).get("attention_dropout", 0.0):
+    for key, (only, default) in _FIXED.items():
+        if hf.get(key, default) != only:
+            raise CheckpointError(f"{where}: {key}={hf.get(key, default)!r} is not supported, only {only!r}")
+    for key in ("vision_config", "perceiver_config"):
+        if not isinstance(hf.get(key), dict):
+            raise CheckpointError(f"{where}: {key!r} is missing; is this the config.json of an IDEFICS model?")
+    if hf["vision_config"].get("attention_dropout", 0.0):
         raise CheckpointError(f"{where}: vision_config.attention_dropout is not supported, only 0.0")
     rope = hf.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise CheckpointError(f"{where}: rope_parameters.rope_type={rope['rope_type']!r} is not supported")
-    try:
-        return ModelConfig(
-            preset="",
-            **{ours: hf[key] for key, ours in _TOP.items()},
-            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
-            vision=VisionConfig(**{ours: hf["vision_config"][key] for key, ours in _VISION.items()}),
-            perceiver=PerceiverConfig(**{ours: hf["perceiver_config"][key] for key, ours in _PERCEIVER.items()}),
-            freeze=FreezeConfig(
-                **{ours: hf[key] for key, ours in _FREEZE.items()},
-                text_exceptions=list(hf.get("freeze_text_module_exceptions", [])),
-                vision_exceptions=list(hf.get("freeze_vision_module_exceptions", [])),
-            ),
+    model = ModelConfig(
+        preset="",
+        **_values(where, hf, _TOP),
+        rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+        vision=VisionConfig(**_values(f"{where}: vision_config", hf["vision_config"], _VISION)),
+        perceiver=PerceiverConfig(**_values(f"{where}: perceiver_config", hf["perceiver_config"], _PERCEIVER)),
+        freeze=FreezeConfig(**_values(where, hf, _FREEZE), **_values(where, hf, _EXCEPTIONS)),
+    )
+    if model.cross_layer_interval < 1 or model.num_layers % model.cross_layer_interval:
+        raise CheckpointError(
+            f"{where}: num_hidden_layers={model.num_layers} is not a multiple of "
+            f"cross_layer_interval={model.cross_layer_interval}"
         )
-    except KeyError as missing:
-        raise CheckpointError(f"{where}: key {missing} is missing; is this the config.json of an IDEFICS model?") from None
+    return model
+
+
+def _values(where: str, hf: dict[str, Any], keys: _Keys) -> dict[str, Any]:
+    """Our values of some keys. Their types are those of Hugging Face's defaults."""
+    values = {}
+    for key, (ours, default) in keys.items():
+        value = default if hf.get(key) is None else hf[key]
+        if isinstance(default, list) and isinstance(value, (list, tuple)):
+            value = list(value)
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default):
+            raise CheckpointError(f"{where}: {key}={value!r} is not supported; it must be a {type(default).__name__}")
+        values[ours] = value
+    return values
 
 
 def to_hf(model: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
     """The content of config.json. The inverse of `from_hf` for what both know."""
-    v, p, f = model.vision, model.perceiver, model.freeze
+
+    def hf_values(section: Any, keys: _Keys) -> dict[str, Any]:
+        return {key: getattr(section, ours) for key, (ours, _) in keys.items()}
+
     return {
-        **_FIXED,
+        **{key: only for key, (only, _) in _FIXED.items()},
         "architectures": ["IdeficsForVisionText2Text"],
         "dtype": dtype,
-        **{key: getattr(model, ours) for key, ours in _TOP.items()},
+        **hf_values(model, _TOP),
         "alpha_initializer": "zeros",
         "alphas_initializer_range": 0.0,
         "initializer_range": 0.02,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        **{key: getattr(f, ours) for key, ours in _FREEZE.items()},
-        "freeze_text_module_exceptions": list(f.text_exceptions),
-        "freeze_vision_module_exceptions": list(f.vision_exceptions),
-        "vision_config": {key: getattr(v, ours) for key, ours in _VISION.items()} | {"model_type": "idefics_vision"},
-        "perceiver_config": {key: getattr(p, ours) for key, ours in _PERCEIVER.items()}
+        **hf_values(model.freeze, _FREEZE),
+        "freeze_text_module_exceptions": list(model.freeze.text_exceptions),
+        "freeze_vision_module_exceptions": list(model.freeze.vision_exceptions),
+        "vision_config": hf_values(model.vision, _VISION) | {"model_type": "idefics_vision"},
+        "perceiver_config": hf_values(model.perceiver, _PERCEIVER)
         | {"model_type": "idefics_perciever", "use_resampler": True},
     }

@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from megatron_atum.config.presets import preset_values
-from megatron_atum.config.schema import Config
+from megatron_atum.config.schema import Config, SourceConfig
 from megatron_atum.config.suggest import unknown
 from megatron_atum.config.validate import validate
 from megatron_atum.errors import ConfigError
@@ -82,10 +82,15 @@ def _parse_override(override: str) -> Any:
 
 
 def _merge(where: str, base: Any, layer: Any) -> Any:
+    for section in section_names():
+        value = OmegaConf.select(layer, section, default={})
+        if not isinstance(value, dict) and not OmegaConf.is_dict(value):
+            raise ConfigError(f"{where}: {section} must be a mapping of keys, not {value!r}")
     try:
         return OmegaConf.merge(base, layer)
     except ConfigKeyError as error:
-        raise ConfigError(f"{where}: {unknown('key', str(error.full_key), key_names())}") from None
+        known = [*section_names(), *key_names(), *(field.name for field in fields(SourceConfig))]
+        raise ConfigError(f"{where}: {unknown('key', str(error.full_key), known)}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {error.full_key or 'value'}: {_first_line(error)}") from None
 
@@ -96,6 +101,12 @@ def _first_line(error: Exception) -> str:
 
 def key_names() -> list[str]:
     return [key for key, _, _ in describe_keys()]
+
+
+def section_names() -> list[str]:
+    """Sections and sections of sections; outer ones come first."""
+    parts = [key.split(".")[:-1] for key in key_names()]
+    return list(dict.fromkeys(".".join(p[:depth]) for p in parts for depth in range(1, len(p) + 1)))
 
 
 def describe_keys() -> list[tuple[str, str, str]]:

@@ -16,7 +16,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_layers": 4,
         "num_heads": 4,
         "cross_layer_interval": 2,
-        "max_position_embeddings": 512,
         "vision": {
             "embed_dim": 64,
             "image_size": 56,

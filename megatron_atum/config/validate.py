@@ -10,6 +10,7 @@ from megatron_atum.errors import ConfigError
 
 _CHOICES = {
     "model.alpha_type": ("float", "vector"),
+    "model.vision.hidden_act": ("gelu", "quick_gelu", "gelu_pytorch_tanh"),
     "training.precision": ("auto", "bf16", "fp32"),
     "training.loss_normalization": ("tokens", "idefics"),
     "optimizer.schedule": ("linear", "cosine", "constant"),
@@ -20,11 +21,18 @@ _POSITIVE = (
     "model.intermediate_size",
     "model.num_layers",
     "model.num_heads",
+    "model.max_position_embeddings",
     "model.cross_layer_interval",
+    "model.vision.embed_dim",
     "model.vision.image_size",
     "model.vision.patch_size",
+    "model.vision.intermediate_size",
+    "model.vision.num_heads",
     "model.vision.num_layers",
+    "model.vision.num_channels",
     "model.perceiver.depth",
+    "model.perceiver.num_heads",
+    "model.perceiver.head_dim",
     "model.perceiver.num_latents",
     "data.sequence_length",
     "training.steps",
@@ -75,13 +83,9 @@ def _multiple(key: str, value: int, of: str, divisor: int) -> None:
 
 def _check_model(config: Config) -> None:
     m = config.model
-    _multiple("model.hidden_size", m.hidden_size, "model.num_heads", m.num_heads)
+    # rotary embeddings need an even head width
+    _multiple("model.hidden_size", m.hidden_size, "2 x model.num_heads", 2 * m.num_heads)
     _multiple("model.vision.embed_dim", m.vision.embed_dim, "model.vision.num_heads", m.vision.num_heads)
-    if (m.hidden_size // m.num_heads) % 2:
-        raise ConfigError(
-            f"model.hidden_size / model.num_heads = {m.hidden_size // m.num_heads} is odd, and rotary embeddings need "
-            "an even head width"
-        )
     for key, names in (("text", m.freeze.text_exceptions), ("vision", m.freeze.vision_exceptions)):
         _known(f"model.freeze.{key}_exceptions", names, _FREEZE_EXCEPTIONS)
     if config.data.sequence_length > m.max_position_embeddings:
@@ -106,7 +110,7 @@ def _check_optimizer(config: Config) -> None:
             "optimizer.overlap_grad_reduce=true"
         )
     if o.min_lr > o.lr:
-        raise ConfigError(f"optimizer.min_lr={o.min_lr} is above optimizer.lr={o.lr}")
+        raise ConfigError(f"optimizer.min_lr={o.min_lr} is above optimizer.lr={o.lr}; optimizer.min_lr=0.0 would work")
     if o.warmup_steps >= o.decay_steps:
         raise ConfigError(
             f"optimizer.warmup_steps={o.warmup_steps} is not below optimizer.decay_steps={o.decay_steps}; "

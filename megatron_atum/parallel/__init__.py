@@ -1,11 +1,16 @@
 """Process layout and everything that touches megatron-core's global state.
 
-`import megatron_atum.parallel` also silences megatron-core's notes that the optional accelerators are absent: the
-start-up banner says which kernels are used.
+Importing it also silences notes that say nothing to a user: that the optional accelerators are absent (the start-up
+banner says which kernels are used), and deprecations inside megatron-core 0.16.1.
 """
 
 import warnings
 
-warnings.filterwarnings(
-    "ignore", message="Transformer Engine and Apex are not installed|Apex is not installed|.*torch.jit.script"
-)
+for _message in (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    ".*torch.jit.script",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+):
+    warnings.filterwarnings("ignore", message=_message)

@@ -12,6 +12,7 @@ virtual stage `c // pipeline`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_atum.config.schema import Config
@@ -177,16 +178,18 @@ def _units_per_chunk(num_units: int, pipeline: int, virtual: int, asked: list[in
 
 def _check_tensor(config: Config, layout: ParallelLayout) -> None:
     model, t = config.model, layout.tensor
-    for key, value in {
+    widths = {
         "model.num_heads": model.num_heads,
         "model.perceiver.num_heads": model.perceiver.num_heads,
         "model.intermediate_size": model.intermediate_size,
         "model.hidden_size": model.hidden_size,
         "model.vision.embed_dim": model.vision.embed_dim,
-    }.items():
+    }
+    for key, value in widths.items():
         if value % t:
+            fit = _divisors(math.gcd(layout.world_size // layout.pipeline, *widths.values()), t)[-1]
             raise ConfigError(
-                f"parallel.tensor={t} does not divide {key}={value}; parallel.tensor={_divisors(value, t)[-1]} would"
+                f"parallel.tensor={t} does not divide {key}={value}; parallel.tensor={fit} would work"
             )
     if layout.sequence and config.data.sequence_length % t:
         fit = config.data.sequence_length // t * t
@@ -203,7 +206,8 @@ def _check_batch(config: Config, layout: ParallelLayout) -> None:
             raise ConfigError(f"training.{key}={getattr(training, key)}: must be at least 1")
     rows = training.micro_batch_size * layout.data
     if training.global_batch_size % rows:
-        fit = max(rows, training.global_batch_size // rows * rows)
+        unit = rows * (layout.pipeline if layout.virtual_pipeline > 1 else 1)
+        fit = max(unit, training.global_batch_size // unit * unit)
         raise ConfigError(
             f"training.global_batch_size={training.global_batch_size} is not a multiple of "
             f"training.micro_batch_size={training.micro_batch_size} x {layout.data} data-parallel ranks; "

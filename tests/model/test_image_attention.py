@@ -28,22 +28,22 @@ from megatron_atum.model.image_attention import (
 )
 
 L, A, D = 3, 2, 4
-O = NO_IMAGE
+X = NO_IMAGE
 
 # name: which image of its row each token sees, and the images of each row
 INDICES: dict[str, tuple[list[list[int]], list[int]]] = {
-    "one image": ([[O, O, 0, 0, 0, 0]], [1]),
+    "one image": ([[X, X, 0, 0, 0, 0]], [1]),
     "every token sees the image": ([[0, 0, 0, 0]], [1]),
-    "ragged segments": ([[O, 0, 1, 1, 1, 1, 1, 2, 2, O]], [3]),
+    "ragged segments": ([[X, 0, 1, 1, 1, 1, 1, 2, 2, X]], [3]),
     "segments of equal length": ([[0, 0, 1, 1, 2, 2, 3, 3, 3]], [4]),
-    "rows with 0, 2 and 1 images": ([[O, O, O, O], [0, 1, 1, O], [O, O, O, 0]], [0, 2, 1]),
-    "row without an image in the middle": ([[0, 0, 0], [O, O, O], [0, 1, 1]], [1, 0, 2]),
-    "no image at all": ([[O, O, O], [O, O, O]], [0, 0]),
-    "images that no token sees": ([[O, 0, 0, 2, 2], [O, O, O, O, O]], [3, 1]),
-    "no token sees any of the images": ([[O, O, O], [O, O, O]], [2, 1]),
-    "next image": ([[0, 0, 1, 1, 1, 2, O, O], [0, 0, 0, 0, 0, 0, 0, 0]], [3, 1]),
-    "indices decrease": ([[2, 2, 1, 0, 0, O]], [3]),
-    "indices come back": ([[0, 1, 0, 2, O, 1, 0], [1, O, 1, O, 0, O, 1]], [3, 2]),
+    "rows with 0, 2 and 1 images": ([[X, X, X, X], [0, 1, 1, X], [X, X, X, 0]], [0, 2, 1]),
+    "row without an image in the middle": ([[0, 0, 0], [X, X, X], [0, 1, 1]], [1, 0, 2]),
+    "no image at all": ([[X, X, X], [X, X, X]], [0, 0]),
+    "images that no token sees": ([[X, 0, 0, 2, 2], [X, X, X, X, X]], [3, 1]),
+    "no token sees any of the images": ([[X, X, X], [X, X, X]], [2, 1]),
+    "next image": ([[0, 0, 1, 1, 1, 2, X, X], [0, 0, 0, 0, 0, 0, 0, 0]], [3, 1]),
+    "indices decrease": ([[2, 2, 1, 0, 0, X]], [3]),
+    "indices come back": ([[0, 1, 0, 2, X, 1, 0], [1, X, 1, X, 0, X, 1]], [3, 2]),
 }
 
 
@@ -51,7 +51,7 @@ def random_indices(seed: int) -> tuple[list[list[int]], list[int]]:
     generator = torch.Generator().manual_seed(seed)
     b, S = int(torch.randint(1, 4, (), generator=generator)), 20
     counts = torch.randint(0, 7, (b,), generator=generator).tolist()
-    return [torch.randint(-1, n, (S,), generator=generator).tolist() if n else [O] * S for n in counts], counts
+    return [torch.randint(-1, n, (S,), generator=generator).tolist() if n else [X] * S for n in counts], counts
 
 
 INDICES |= {f"random {seed}": random_indices(seed) for seed in range(6)}
@@ -204,7 +204,7 @@ def test_hooks_of_empty_keys_and_values_fire(path: str) -> None:
 
 @pytest.mark.parametrize(
     ("index", "counts"),
-    [([[0, 1, 2]], [2]), ([[O, 0, 0]], [0]), ([[O, O], [O, 0]], [1, 0]), ([[1, 0], [0, 0]], [1, 1])],
+    [([[0, 1, 2]], [2]), ([[X, 0, 0]], [0]), ([[X, X], [X, 0]], [1, 0]), ([[1, 0], [0, 0]], [1, 1])],
     ids=["beyond the last", "no image in the row", "row without, image before", "image of the next row"],
 )
 def test_an_index_beyond_the_images_of_its_row_is_an_error(index: list[list[int]], counts: list[int]) -> None:
