@@ -78,6 +78,5 @@ def build_engine(config: Config, degrees: Degrees, state: dict[str, torch.Tensor
     return engine
 
 
-
 def groups_of(model: ModelConfig, degrees: Degrees) -> ProcessGroups:
     return build_groups(degrees.layout(model))

@@ -52,6 +52,7 @@ DOCUMENTS: dict[str, list[str]] = {
         "A telescope above the air sees much further: nearly every spot of light in this picture is a galaxy.",
     ],
     "kitchen": [
+        "The day begins in the kitchen.",
         "{coffee}",
         "A cup of coffee waits on a wooden table. The cup and its saucer are red, and a small spoon lies beside it.",
         "{cat}",

@@ -96,7 +96,7 @@ def checkpoint_tensors(state: RunState) -> Iterator[tuple[str, Tensor]]:
         [safe_open(state.folder / model_file(stage, rank), framework="pt") for rank in ranks]
         for stage in range(state.layout["pipeline"])
     ]
-    holders = {name: shards for shards in stages for name in shards[0].keys()}
+    holders = {name: shards for shards in stages for name in list(shards[0].keys())}
     for row in weight_table(state.model):
         if row.name not in holders:
             raise CheckpointError(f"{state.folder} does not hold {row.name}")

@@ -43,12 +43,14 @@ class HfFolder:
         return content
 
     def _find_tensors(self) -> dict[str, Path]:
-        if (self.path / "model.safetensors.index.json").exists():
-            index = self._read_json("model.safetensors.index.json").get("weight_map", {})
-            files = {name: self._inside(file) for name, file in index.items()}
-        elif (self.path / "model.safetensors").exists():
+        if (self.path / "model.safetensors").exists():  # transformers, too, takes it where both are there
             file = self.path / "model.safetensors"
             files = dict.fromkeys(self._open(file).keys(), file)
+        elif (self.path / "model.safetensors.index.json").exists():
+            index = self._read_json("model.safetensors.index.json").get("weight_map")
+            if not isinstance(index, dict):
+                raise CheckpointError(f"{self.path}/model.safetensors.index.json has no weight_map")
+            files = {name: self._inside(file) for name, file in index.items()}
         else:
             raise CheckpointError(
                 f"{self.path} has no model.safetensors and no index of one; "
@@ -56,11 +58,10 @@ class HfFolder:
             )
         return {name: file for name, file in files.items() if not name.endswith(_DROPPED)}
 
-    def _inside(self, name: str) -> Path:
-        file = self.path / name
-        if Path(name).name != name or not file.exists():
+    def _inside(self, name: Any) -> Path:
+        if not isinstance(name, str) or Path(name).name != name or not (self.path / name).is_file():
             raise CheckpointError(f"{self.path}: the index names {name!r}, which is not a file of this folder")
-        return file
+        return self.path / name
 
     def _open(self, file: Path) -> Any:
         if file not in self._files:

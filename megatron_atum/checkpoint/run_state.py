@@ -1,10 +1,10 @@
 """Checkpoints of a run: saved and loaded at the same layout.
 
-    RUN/checkpoints/step-00000250/
-        model-pp0-tp0.safetensors   weights of one (pipeline, tensor) rank, by global name
-        optimizer-00000.pt          optimizer shard and random state of one rank
-        state.json                  step, schedule, data state, layout, versions, resolved configuration
-        complete.json               every file with its size; written last, so a folder without it does not count
+RUN/checkpoints/step-00000250/
+    model-pp0-tp0.safetensors   weights of one (pipeline, tensor) rank, by global name
+    optimizer-00000.pt          optimizer shard and random state of one rank
+    state.json                  step, schedule, data state, layout, versions, resolved configuration
+    complete.json               every file with its size; written last, so a folder without it does not count
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ def missing_files(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError):
         return [f"no readable {_COMPLETE}"]
     found = {file.name: file.stat().st_size for file in folder.iterdir()}
-    return [f"{name} has {found.get(name, 'no')} bytes, not {size}" for name, size in files.items() if found.get(name) != size]
+    return [
+        f"{name} has {found.get(name, 'no')} bytes, not {size}"
+        for name, size in files.items()
+        if found.get(name) != size
+    ]
 
 
 def newest_complete(checkpoints: Path, report: Callable[[str], None] = lambda line: None) -> Path | None:
@@ -91,7 +95,9 @@ def read_state(folder: Path) -> RunState:
         raise CheckpointError(f"{folder} is not a complete checkpoint: {'; '.join(problems)}")
     try:
         content = json.loads((folder / "state.json").read_text())
-        return RunState(folder=folder, **{key: content[key] for key in ("step", "layout", "config", "data", "scheduler")})
+        return RunState(
+            folder=folder, **{key: content[key] for key in ("step", "layout", "config", "data", "scheduler")}
+        )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}/state.json cannot be read: {error!r}") from None
 
@@ -99,9 +105,10 @@ def read_state(folder: Path) -> RunState:
 def check_resumable(state: RunState, config: Config, layout: ParallelLayout) -> None:
     """Raises CheckpointError if this run cannot go on from a checkpoint."""
     check_same_model(str(state.folder), state.model, config.model)
-    if state.layout != _layout_record(layout, config):
+    ours = _layout_record(layout, config)
+    if state.layout != ours:
         raise CheckpointError(
-            f"{state.folder} was saved at the layout {state.layout}, and this run has {_layout_record(layout, config)}; "
+            f"{state.folder} was saved at the layout {state.layout}, and this run has {ours}; "
             "a checkpoint can be resumed at its own layout only. Export it with tools/checkpoint/atum_to_hf.py and "
             "start from there (checkpoint.init) to change the layout"
         )
@@ -232,5 +239,3 @@ def model_file(pipeline_rank: int, tensor_rank: int) -> str:
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """torch's (or apex's) optimizers inside megatron-core's."""
     return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
-
-

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
-from megatron_atum.config.loader import describe_keys, load_config, to_yaml
+from megatron_atum.config.loader import describe_keys, load_config
 from megatron_atum.config.schema import Config
 
 
-def parse_arguments(description: str, arguments: list[str] | None = None) -> Config:
-    """Read `--config FILE section.key=value ...`. `--help` lists every key; `--dry-run` prints the result and exits.
+def parse_arguments(description: str, arguments: list[str] | None = None) -> tuple[Config, bool]:
+    """Read `--config FILE section.key=value ... [--dry-run]`. `--help` lists every key and exits.
+
+    Returns:
+        The configuration, and whether only a dry run is asked for.
 
     Raises:
-        ConfigError: see `load_config`, and parallel/layout.py for `--dry-run` inside torchrun.
+        ConfigError: see `load_config`.
     """
     parser = argparse.ArgumentParser(
         description=description, epilog=_keys(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")
     options = parser.parse_intermixed_args(arguments)
-    config = load_config(options.config, options.overrides)
-    if options.dry_run:
-        _dry_run(config)
-    return config
-
-
-def _dry_run(config: Config) -> None:
-    from megatron_atum.parallel.layout import ParallelLayout
-
-    if "WORLD_SIZE" in os.environ:
-        ParallelLayout.from_config(config, int(os.environ["WORLD_SIZE"]))
-    if os.environ.get("RANK", "0") == "0":
-        print(to_yaml(config), end="")
-    sys.exit(0)
+    return load_config(options.config, options.overrides), options.dry_run
 
 
 def _keys() -> str:

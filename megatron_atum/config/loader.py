@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,14 @@ def key_names() -> list[str]:
     return [key for key, _, _ in describe_keys()]
 
 
+@cache
 def section_names() -> list[str]:
     """Sections and sections of sections; outer ones come first."""
     parts = [key.split(".")[:-1] for key in key_names()]
     return list(dict.fromkeys(".".join(p[:depth]) for p in parts for depth in range(1, len(p) + 1)))
 
 
+@cache
 def describe_keys() -> list[tuple[str, str, str]]:
     """(key, default, help) of every key, in order; the help is the comment behind the field in schema.py."""
     return list(_describe("", Config()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from megatron_atum.config.schema import Config
 from megatron_atum.config.suggest import unknown
@@ -68,8 +69,8 @@ def validate(config: Config) -> None:
     _check_sources(config)
 
 
-def _get(config: Config, key: str) -> object:
-    value: object = config
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
     return value

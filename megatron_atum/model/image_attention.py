@@ -34,8 +34,8 @@ class SegmentPlan:
     groups: tuple[tuple[int, int], ...]  # (images, tokens of each); the first is empty, so that none is no special case
 
     def to(self, device: torch.device) -> SegmentPlan:
-        move = {"device": device, "non_blocking": True}
-        return SegmentPlan(self.tokens_T.to(**move), self.images_K.to(**move), self.groups)
+        tokens_T = self.tokens_T.to(device, non_blocking=True)
+        return SegmentPlan(tokens_T, self.images_K.to(device, non_blocking=True), self.groups)
 
 
 @dataclass(frozen=True)

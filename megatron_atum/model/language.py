@@ -29,9 +29,7 @@ class MultiHeadSelfAttention(SelfAttention):
     Its own split of the fused projection cannot infer a shape when the batch is empty (a rank without images).
     """
 
-    def get_query_key_value_tensors(
-        self, hidden_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
         """[S,B,H] -> query, key, value, each [S,B,A,D]; per head they lie side by side in the projection."""
         mixed, _ = self.linear_qkv(hidden_states)
         by_head = mixed.unflatten(-1, (self.num_attention_heads_per_partition, 3 * self.hidden_size_per_attention_head))

@@ -54,7 +54,7 @@ class VisionTransformer(MegatronModule):
         for parameter in self.parameters():
             # Each rank's gradient is that of its own images.
             mark_replicated(parameter, sum_gradient=True)
-            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = False
 
     def forward(self, pixels_nCHW: Tensor) -> Tensor:
         """[n,3,H,W] -> [n,P,V]. n may be 0."""

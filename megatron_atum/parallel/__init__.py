@@ -10,6 +10,7 @@ for _message in (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     ".*torch.jit.script",
+    "full scope is deprecated. Use empty cuda_graph_scope",
     "The .grad attribute of a Tensor that is not a leaf",
     "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
 ):

@@ -49,7 +49,7 @@ def sum_replicated(modules: Iterable[nn.Module], tensor_group: dist.ProcessGroup
     for module in modules:
         for parameter in module.parameters():
             if parameter.requires_grad and getattr(parameter, _ATTRIBUTE, False):
-                gradient = parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad
+                gradient: torch.Tensor = getattr(parameter, "main_grad", parameter.grad)
                 by_dtype.setdefault(gradient.dtype, []).append(gradient)
     for gradients in by_dtype.values():
         flat = _flatten_dense_tensors(gradients)

@@ -49,14 +49,16 @@ def start_distributed(timeout_s: float = 600.0) -> None:
     """Join the default process group from torchrun's environment (a single process needs no environment)."""
     if dist.is_initialized():
         return
+    # One hardware queue keeps tensor-parallel communication in the order in which it was issued; read when the
+    # device is first used.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    single = "RANK" not in os.environ
-    dist.init_process_group(
-        backend(),
-        timeout=datetime.timedelta(seconds=timeout_s),
-        **({"rank": 0, "world_size": 1, "store": dist.HashStore()} if single else {}),
-    )
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend(), timeout=timeout)
+    else:
+        dist.init_process_group(backend(), timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
 
 
 def build_groups(layout: ParallelLayout, seed: int = 1) -> ProcessGroups:

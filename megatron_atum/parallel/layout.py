@@ -188,9 +188,7 @@ def _check_tensor(config: Config, layout: ParallelLayout) -> None:
     for key, value in widths.items():
         if value % t:
             fit = _divisors(math.gcd(layout.world_size // layout.pipeline, *widths.values()), t)[-1]
-            raise ConfigError(
-                f"parallel.tensor={t} does not divide {key}={value}; parallel.tensor={fit} would work"
-            )
+            raise ConfigError(f"parallel.tensor={t} does not divide {key}={value}; parallel.tensor={fit} would work")
     if layout.sequence and config.data.sequence_length % t:
         fit = config.data.sequence_length // t * t
         raise ConfigError(

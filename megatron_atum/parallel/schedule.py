@@ -51,5 +51,3 @@ def run_schedule(
             forward_only=forward_only,
             collect_non_loss_data=collect,
         )
-
-

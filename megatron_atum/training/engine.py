@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_atum.batch import Batch
 from megatron_atum.checkpoint.run_state import inner_optimizers
 from megatron_atum.config.schema import Config
+from megatron_atum.flops import Work, model_flops
 from megatron_atum.model.inputs import StageInput, prepare, stage_rows
 from megatron_atum.model.stage import build_stages
 from megatron_atum.parallel.cpu_compat import emulated_cuda
@@ -84,9 +85,10 @@ class Engine:
         with torch.no_grad():
             return self._run(inputs, _logits_step, self.stages, forward_only=True, collect=True)
 
-    def model_flops(self, tokens: int, images: int) -> float:
+    def model_flops(self, tokens: int, images: int) -> int:
         """Model FLOPs of a step over all ranks (flops.py). tokens: positions computed, padding included."""
-        return 0.0  # TODO
+        length = self.config.data.sequence_length
+        return model_flops(self.config.model, Work(tokens // length, length, images)).total
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:

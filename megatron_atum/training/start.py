@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,9 +48,7 @@ def prepare_start(config: Config, world_size: int, rank: int) -> Start:
     return Start(config, layout, loader, run_folder, resume, backbones)
 
 
-def _find_weights(
-    config: Config, checkpoints: Path, *, report: bool
-) -> tuple[RunState | None, IdeficsFolder | None]:
+def _find_weights(config: Config, checkpoints: Path, *, report: bool) -> tuple[RunState | None, IdeficsFolder | None]:
     load, init = config.checkpoint.load, config.checkpoint.init
     if load == "latest":
         newest = newest_complete(checkpoints, print if report else lambda line: None)
@@ -83,8 +80,3 @@ def _build_loader(config: Config, layout: ParallelLayout, rank: int) -> StepLoad
         encodes_images=pipeline_rank == 0,
         pad_token_id=config.model.pad_token_id,
     )
-
-
-def environment() -> tuple[int, int]:
-    """(world size, rank) as torchrun sets them; a single process by default."""
-    return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))

@@ -117,6 +117,7 @@ class Trainer:
 
     def _log(self, result: StepResult, data: StepData, step_s: float) -> None:
         tokens = _positions(data.microbatches) * self.groups.layout.data
+        device_s = step_s * self.groups.layout.world_size
         values: dict[str, Any] = {
             "step": self.step,
             **result.losses,
@@ -124,8 +125,8 @@ class Trainer:
             "lr": result.lr,
             "tokens": tokens,
             "images": result.images,
-            "tokens_per_s_per_device": tokens / step_s / self.groups.layout.world_size,
-            "model_tflops": self.engine.model_flops(tokens, result.images) / step_s / self.groups.layout.world_size / 1e12,
+            "tokens_per_s_per_device": tokens / device_s,
+            "model_tflops": self.engine.model_flops(tokens, result.images) / device_s / 1e12,
             "step_s": step_s,
             "data_s": self.data_s,
             "faults": data.faults,

@@ -57,7 +57,9 @@ CASES = [
     Case("other_image_size", 10, image_size=12, latents=4, rows=3, images=((1, 0, 2), (0, 3, 0), (1, 1, 1), (0, 0, 4))),
     Case("interpolated_positions", 11, pixels=(12, 12), frozen=True),
     Case("frozen_pretraining", 12, frozen=True, images=((2, 1), (0, 0), (3, 1), (1, 0))),
-    Case("eight_heads_wide_batch", 13, heads=8, rows=4, images=((1, 0, 2, 1), (0, 0, 0, 0), (1, 1, 0, 0), (0, 2, 0, 1))),
+    Case(
+        "eight_heads_wide_batch", 13, heads=8, rows=4, images=((1, 0, 2, 1), (0, 0, 0, 0), (1, 1, 0, 0), (0, 2, 0, 1))
+    ),
 ]
 
 

@@ -42,9 +42,7 @@ def compare(expected: Expected, degrees: Degrees) -> dict[str, Any]:
         "logits": logits_difference(logits, expected),
         "loss": abs(losses["loss"] + 0.01 * losses["z_loss"] - expected.loss),
         "gradients": gradient_differences(gradients, expected.gradients),
-        "missing": sorted(
-            name for name in set(expected.gradients) ^ set(gradients) if NEVER_TRAINED not in name
-        ),
+        "missing": sorted(name for name in set(expected.gradients) ^ set(gradients) if NEVER_TRAINED not in name),
         "replicated": replicated_difference(engine),
     }
 

@@ -14,9 +14,16 @@ from tests.model.cases import Case, reference
 from tests.training.equivalence import train
 
 UNFROZEN = Case("unfrozen", 21, rows=1, images=((2,), (0,), (1,), (3,)), small_norm_inputs=False)
-FROZEN = Case("frozen", 22, rows=1, images=((1,), (2,), (0,), (1,)), frozen=True, alpha_type="vector", small_norm_inputs=False)
+FROZEN = Case(
+    "frozen", 22, rows=1, images=((1,), (2,), (0,), (1,)), frozen=True, alpha_type="vector", small_norm_inputs=False
+)
 
-DATA_PARALLEL = [Degrees(data=2), Degrees(data=2, tensor=2), Degrees(data=2, tensor=2, sequence=True), Degrees(data=2, pipeline=2)]
+DATA_PARALLEL = [
+    Degrees(data=2),
+    Degrees(data=2, tensor=2),
+    Degrees(data=2, tensor=2, sequence=True),
+    Degrees(data=2, pipeline=2),
+]
 PLAIN = {"distributed": False, "overlap_grad_reduce": False}
 SHARDED = {"distributed": True, "overlap_grad_reduce": True}
 GATHERED = {**SHARDED, "overlap_param_gather": True}

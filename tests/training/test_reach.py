@@ -37,7 +37,9 @@ def step_with_unreachable(rank: int, world_size: int, degrees: Degrees, path: st
     return ""
 
 
-@pytest.mark.parametrize("degrees", [ONE, Degrees(data=2), Degrees(pipeline=2), Degrees(tensor=2, sequence=True)], ids=str)
+@pytest.mark.parametrize(
+    "degrees", [ONE, Degrees(data=2), Degrees(pipeline=2), Degrees(tensor=2, sequence=True)], ids=str
+)
 def test_unreachable_tensor_stops_every_rank(degrees: Degrees, expected_file: Path) -> None:
     for message in run_distributed(step_with_unreachable, degrees.world_size, degrees, str(expected_file)):
         assert "never reached 2 trainable tensor(s)" in message
