@@ -25,6 +25,9 @@ from megatron_atum.config.schema import ModelConfig
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
 
+LLAMA_STD = 0.05  # of the LLaMA's weights. With the usual 0.02 so narrow a model has such small hidden states that the
+# first gates that open overwhelm them; much above 0.05 they open too slowly for a run of 150 steps.
+
 if TYPE_CHECKING:
     from transformers import CLIPConfig, LlamaConfig, PreTrainedModel
 
@@ -45,6 +48,7 @@ def llama_config(model: ModelConfig) -> LlamaConfig:
         pad_token_id=model.pad_token_id,
         bos_token_id=model.bos_token_id,
         eos_token_id=model.eos_token_id,
+        initializer_range=LLAMA_STD,
         tie_word_embeddings=False,
     )
 

@@ -34,7 +34,10 @@ class Backbones:
         self.llama, self.clip = HfFolder(llama), HfFolder(clip)
         _expect(self.llama, "model_type", "llama")
         _expect(self.clip, "model_type", "clip")
-        self.model = replace(_with_llama(base, self.llama), vision=_vision(self.clip))
+        try:
+            self.model = replace(_with_llama(base, self.llama), vision=_vision(self.clip))
+        except KeyError as missing:
+            raise CheckpointError(f"config.json of {llama} or of {clip} does not have the key {missing}") from None
         expected = hf_shapes(self.model)
         ours = {name: shape for name, shape in expected.items() if self._holder(name) is not None}
         check_names(f"{llama} and {clip}", self._shapes(), ours)
@@ -107,8 +110,8 @@ def _vision(clip: HfFolder) -> VisionConfig:
     c = clip.config["vision_config"]
     return VisionConfig(
         embed_dim=c["hidden_size"],
-        image_size=c["image_size"],
-        patch_size=c["patch_size"],
+        image_size=c.get("image_size", 224),
+        patch_size=c.get("patch_size", 32),
         intermediate_size=c["intermediate_size"],
         num_heads=c["num_attention_heads"],
         num_layers=c["num_hidden_layers"],

@@ -64,7 +64,9 @@ class _ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self.held and self.held_bytes + size > self.shard_bytes:
             self._write()
-        self.held[name] = tensor.contiguous()
+        # a copy where a tied head and its embedding share memory, which safetensors refuses
+        shared = any(tensor.data_ptr() == other.data_ptr() for other in self.held.values())
+        self.held[name] = tensor.clone() if shared else tensor.contiguous()
         self.held_bytes += size
         self.total_bytes += size
         self.dtype = tensor.dtype

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_atum import __version__
@@ -44,8 +45,8 @@ def is_complete(folder: Path) -> bool:
 def missing_files(folder: Path) -> list[str]:
     """What keeps a folder from being a complete checkpoint; empty if it is one."""
     try:
-        files = json.loads((folder / _COMPLETE).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = dict(json.loads((folder / _COMPLETE).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return [f"no readable {_COMPLETE}"]
     found = {file.name: file.stat().st_size for file in folder.iterdir()}
     return [
@@ -139,6 +140,9 @@ class RunCheckpoint:
         Raises:
             CheckpointError: with the reason; what was there before is untouched.
         """
+        for chunk in self.engine.chunks:
+            if chunk.ddp_config.overlap_param_gather:  # else the other ranks' shards are those of the step before
+                chunk.start_param_sync(force_sync=True)
         folder = step_folder(checkpoints, step)
         aside = folder.with_name(folder.name + ".tmp")
         self._together(lambda: self._write_first(aside, step, data) if self.groups.rank == 0 else None, aside)
@@ -184,7 +188,7 @@ class RunCheckpoint:
         error = ""
         try:
             work()
-        except OSError as problem:
+        except (OSError, RuntimeError, SafetensorError) as problem:  # torch and safetensors wrap what the disk says
             error = f"rank {self.groups.rank}: {problem}"
         errors: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(errors, error)

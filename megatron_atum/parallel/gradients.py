@@ -9,6 +9,7 @@ one place that applies it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ def sum_replicated(modules: Iterable[nn.Module], tensor_group: dist.ProcessGroup
     for module in modules:
         for parameter in module.parameters():
             if parameter.requires_grad and getattr(parameter, _ATTRIBUTE, False):
-                gradient: torch.Tensor = getattr(parameter, "main_grad", parameter.grad)
+                gradient: Any = getattr(parameter, "main_grad", parameter.grad)
                 by_dtype.setdefault(gradient.dtype, []).append(gradient)
     for gradients in by_dtype.values():
         flat = _flatten_dense_tensors(gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -187,7 +188,8 @@ def test_exchanged_folders(folder: Path) -> None:
 def call(folder: Path, out: str) -> subprocess.CompletedProcess[str]:
     tool = [sys.executable, str(ROOT / "tools/checkpoint/init_from_backbones.py"), "--preset", "tiny", "--seed", "3"]
     where = ["--llama", str(folder / "llama"), "--clip", str(folder / "clip"), "--out", str(folder / out)]
-    return subprocess.run([*tool, *where], capture_output=True, text=True, timeout=120, cwd=folder)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*tool, *where], capture_output=True, text=True, timeout=120, cwd=folder, env=environment)
 
 
 def test_the_tool(folder: Path) -> None:

@@ -228,13 +228,14 @@ def reference(case: Case) -> Expected:
 
 
 def _hf_logits(model: Any, batch: Batch, case: Case) -> Tensor:
-    mask = batch.attention_mask
-    if mask is None:  # padding on the right is cut from the loss; positions are given, so a full mask is right
-        mask = torch.ones_like(batch.input_ids, dtype=torch.bool)
+    # Where there is a mask, positions are its own business; else padding is on the right, where no real token looks.
+    mask, positions = batch.attention_mask, None
+    if mask is None:
+        mask, positions = torch.ones_like(batch.input_ids, dtype=torch.bool), batch.position_ids
     return model(
         input_ids=batch.input_ids,
         attention_mask=mask,
-        position_ids=batch.position_ids,
+        position_ids=positions,
         pixel_values=_padded_pixels(batch),
         image_attention_mask=image_mask(batch),
         interpolate_pos_encoding=case.pixels is not None,
