@@ -15,7 +15,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 320,
         "num_layers": 4,
         "num_heads": 4,
-        "cross_layer_interval": 2,
+        "cross_layer_interval": 1,
         "vision": {
             "embed_dim": 64,
             "image_size": 56,
@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_heads": 4,
             "num_layers": 2,
         },
-        "perceiver": {"depth": 2, "num_heads": 4, "head_dim": 16, "num_latents": 8},
+        "perceiver": {"depth": 1, "num_heads": 4, "head_dim": 16, "num_latents": 8},
         "freeze": {"text": False, "vision": False, "lm_head": False},
     },
     "atum-9b": {

@@ -25,7 +25,7 @@ from megatron_atum.config.presets import preset
 from megatron_atum.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
-BASE = replace(preset("tiny"), additional_vocab_size=3, qk_norm=False)
+BASE = replace(preset("tiny"), additional_vocab_size=3, cross_layer_interval=2, qk_norm=False)
 LLAMA: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -46,7 +46,8 @@ CLIP: dict[str, Any] = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-6,
 }
-TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 97}
+TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+TEXT |= {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def save_backbones(folder: Path, **llama: Any) -> None:

@@ -31,7 +31,13 @@ from tests.layouts import Degrees, groups_of, test_config
 from tests.model.cases import Case, hf_config, make_batches
 from tests.training.equivalence import own_share, rotate
 
-CASE = Case("resumed", 31, rows=1, images=((2,), (0,), (1,), (3,)))
+CASE = Case(
+    "resumed",
+    31,
+    interval=1,
+    rows=1,  # four units
+    images=((2,), (0,), (1,), (3,)),
+)
 PLAIN = {"distributed": False, "overlap_grad_reduce": False}
 SHARDED = {"distributed": True, "overlap_grad_reduce": True}
 GATHERED = {**SHARDED, "overlap_param_gather": True}
@@ -48,13 +54,10 @@ JOBS: dict[str, tuple[Degrees, dict[str, Any]]] = {
     "dp2 sharded, bf16": (Degrees(data=2), BF16),
     "pp2vpp2": (Degrees(pipeline=2, virtual=2), SHARDED),
 }
-LAYERS = 8  # enough units for every layout
 
 
 def config_of(changes: dict[str, Any]) -> Config:
-    model = from_hf({"model_type": "idefics", **hf_config(CASE)})
-    model.num_layers = LAYERS
-    return test_config(model, **changes)
+    return test_config(from_hf({"model_type": "idefics", **hf_config(CASE)}), **changes)
 
 
 def engine_of(config: Config, degrees: Degrees, seed: int) -> tuple[Engine, RunCheckpoint]:

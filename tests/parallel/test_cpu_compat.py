@@ -111,6 +111,11 @@ def block(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         return F.dropout(x @ second, 0.5)
 
 
+def drawn_inside() -> Tensor:
+    with get_cuda_rng_tracker().fork():
+        return torch.rand(2)
+
+
 def forward_backward(recomputes: bool) -> dict[str, Tensor]:
     """Two blocks with dropout, from one seed. `after`: what comes next from either random state."""
     torch.manual_seed(3)
@@ -123,8 +128,7 @@ def forward_backward(recomputes: bool) -> dict[str, Tensor]:
             x = checkpoint(block, False, x, *pair) if recomputes else block(x, *pair)
         x.square().sum().backward()
         outside = torch.rand(2)
-        with get_cuda_rng_tracker().fork():
-            inside = torch.rand(2)
+        inside = torch.stack([drawn_inside(), drawn_inside()])
     gradient = torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None])
     return {"out": x.detach(), "gradient": gradient, "outside": outside, "inside": inside}
 
@@ -143,5 +147,6 @@ def test_recompute_repeats_dropout() -> None:
             assert torch.equal(plain[key], again[key]), key  # the seed decides everything
             assert torch.equal(plain[key], recomputed[key]), key
     (first, *_), (second, *_) = results
+    assert not torch.equal(*first["inside"])  # the state inside moves on
     assert torch.equal(first["outside"], second["outside"])
     assert not torch.equal(first["inside"], second["inside"])  # tensor ranks draw their own

@@ -14,7 +14,16 @@ from megatron_atum.config.loader import load_config
 from megatron_atum.errors import ConfigError
 from megatron_atum.parallel.layout import ParallelLayout, even_units
 
-TINY = load_config(None, ["model.preset=tiny", "training.global_batch_size=48", "data.sequence_length=48"])
+TINY = load_config(
+    None,
+    [
+        "model.preset=tiny",
+        "model.num_layers=4",
+        "model.cross_layer_interval=2",
+        "training.global_batch_size=48",
+        "data.sequence_length=48",
+    ],
+)
 
 
 def layout(world_size: int, *overrides: str) -> ParallelLayout:
