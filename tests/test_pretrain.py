@@ -130,7 +130,11 @@ def other_model(data: Path, tmp_path: Path) -> Path:
 # overrides with {data}, {tmp}, {cut}, {other} filled in; processes; what the message must say
 MISTAKES = {
     "unknown_key": (["parallel.tensr=2"], 1, ["parallel.tensr", "parallel.tensor"]),
-    "impossible_layout": (["parallel.tensor=3"], 3, ["parallel.tensor=3", "model.num_heads=4", "parallel.tensor=1 would work"]),
+    "impossible_layout": (
+        ["parallel.tensor=3"],
+        3,
+        ["model.num_heads=4", "parallel.tensor=1 would work"],
+    ),
     "too_many_stages": (["parallel.pipeline=8"], 8, ["parallel.pipeline=8", "units"]),
     "indivisible_batch": (["training.global_batch_size=5"], 2, ["training.global_batch_size=5", "4 would work"]),
     "too_few_processes": (["parallel.tensor=2", "parallel.pipeline=2"], 2, ["needs 4 processes", "--nproc-per-node 4"]),

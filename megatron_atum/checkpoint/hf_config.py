@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_atum.config.schema import FreezeConfig, ModelConfig, PerceiverConfig, VisionConfig
+from megatron_atum.config.validate import ALPHA_TYPES, VISION_ACTIVATIONS
 from megatron_atum.errors import CheckpointError
 
 # Hugging Face key -> ours and Hugging Face's default (configuration_idefics.py), which an absent key or null means.
@@ -88,6 +89,12 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
         perceiver=PerceiverConfig(**_values(f"{where}: perceiver_config", hf["perceiver_config"], _PERCEIVER)),
         freeze=FreezeConfig(**_values(where, hf, _FREEZE), **_values(where, hf, _EXCEPTIONS)),
     )
+    for key, value, choices in (
+        ("alpha_type", model.alpha_type, ALPHA_TYPES),
+        ("vision_config.hidden_act", model.vision.hidden_act, VISION_ACTIVATIONS),
+    ):
+        if value not in choices:
+            raise CheckpointError(f"{where}: {key}={value!r} is not supported, only {', '.join(choices)}")
     if model.cross_layer_interval < 1 or model.num_layers % model.cross_layer_interval:
         raise CheckpointError(
             f"{where}: num_hidden_layers={model.num_layers} is not a multiple of "

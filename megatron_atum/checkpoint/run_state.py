@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -205,16 +206,24 @@ class RunCheckpoint:
             CheckpointError: a file does not hold what it should.
         """
         parameters = named_weights(self.engine.stages)
-        weights = load_file(state.folder / self._model_file)
+        weights, saved = self._read(state.folder)
         if weights.keys() != parameters.keys():
             raise CheckpointError(f"{state.folder / self._model_file} does not hold the tensors of this rank")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        saved = torch.load(state.folder / self._optimizer_file, map_location="cpu", weights_only=True)
         self._load_optimizer(saved)
         torch.set_rng_state(saved["cpu_rng"])
         self.engine.scheduler.load_state_dict(state.scheduler)
+
+    def _read(self, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        try:
+            weights = load_file(folder / self._model_file)
+            return weights, torch.load(folder / self._optimizer_file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            raise CheckpointError(
+                f"{folder} is damaged ({error}); remove it to go on from the checkpoint before it"
+            ) from None
 
     def _optimizer_state(self) -> dict[str, Any]:
         inner = inner_optimizers(self.engine.optimizer)

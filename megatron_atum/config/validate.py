@@ -9,9 +9,11 @@ from megatron_atum.config.schema import Config
 from megatron_atum.config.suggest import unknown
 from megatron_atum.errors import ConfigError
 
+ALPHA_TYPES = ("float", "vector")
+VISION_ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh")
 _CHOICES = {
-    "model.alpha_type": ("float", "vector"),
-    "model.vision.hidden_act": ("gelu", "quick_gelu", "gelu_pytorch_tanh"),
+    "model.alpha_type": ALPHA_TYPES,
+    "model.vision.hidden_act": VISION_ACTIVATIONS,
     "training.precision": ("auto", "bf16", "fp32"),
     "training.loss_normalization": ("tokens", "idefics"),
     "optimizer.schedule": ("linear", "cosine", "constant"),
@@ -50,6 +52,17 @@ _NOT_NEGATIVE = (
     "checkpoint.save_every",
     "checkpoint.keep",
 )
+_RANGES = {  # key: lowest, highest, what is said of them
+    "data.p_next": (0.0, 1.0, "from 0 to 1"),
+    "optimizer.beta1": (0.0, 0.9999999, "from 0 to below 1"),
+    "optimizer.beta2": (0.0, 0.9999999, "from 0 to below 1"),
+    "optimizer.lr": (0.0, float("inf"), "not negative"),
+    "optimizer.min_lr": (0.0, float("inf"), "not negative"),
+    "optimizer.eps": (1e-30, float("inf"), "above 0"),
+    "model.norm_eps": (1e-30, float("inf"), "above 0"),
+    "model.vision.norm_eps": (1e-30, float("inf"), "above 0"),
+    "model.rope_theta": (1e-30, float("inf"), "above 0"),
+}
 _FREEZE_EXCEPTIONS = ("LayerNorm", "Linear", "Embedding")
 
 
@@ -64,6 +77,9 @@ def validate(config: Config) -> None:
     for key in _NOT_NEGATIVE:
         if _get(config, key) < 0:
             raise ConfigError(f"{key}={_get(config, key)}: must not be negative")
+    for key, (lowest, highest, text) in _RANGES.items():
+        if not lowest <= _get(config, key) <= highest:
+            raise ConfigError(f"{key}={_get(config, key)}: must be {text}")
     _check_model(config)
     _check_optimizer(config)
     _check_sources(config)

@@ -123,3 +123,11 @@ def test_a_configuration_built_in_python_is_checked_alike() -> None:
     config.data.sources = [SourceConfig(name="a", shards="x", weight=-1.0)]
     with pytest.raises(ConfigError, match=r"data\.sources\[0\]\.weight"):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    "override", ["data.p_next=1.5", "optimizer.beta2=1", "optimizer.lr=-1e-3", "optimizer.eps=0", "model.norm_eps=0"]
+)
+def test_values_outside_their_range_are_refused_by_name(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        load_config(None, [override])
