@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -162,7 +163,10 @@ def kill_midway(command: list[str], metrics: Path) -> None:
                 raise StepFailed(f"the run ended before it could be killed\n{tail(log)}\nlog: {log}")
             time.sleep(0.02)
         worker = kill_worker(process, "pretrain_atum.py")
-        code = process.wait(timeout=90)
+        try:
+            code = process.wait(timeout=90)
+        except subprocess.TimeoutExpired:
+            raise StepFailed(f"torchrun still runs 90 s after a worker was killed; log: {log}") from None
     say(f"sent SIGKILL to process {worker} of the run; torchrun ended with exit code {code}")
     if code == 0:
         raise StepFailed(f"the run ended with exit code 0 although a worker was killed; log: {log}")

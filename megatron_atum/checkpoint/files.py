@@ -48,7 +48,10 @@ def commit_folder(aside: Path, path: Path) -> None:
     for file in aside.iterdir():
         sync(file)
     sync(aside)
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        shutil.rmtree(path)
+        path.rename(old)
     aside.rename(path)
     sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)

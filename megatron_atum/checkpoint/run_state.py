@@ -107,6 +107,11 @@ def read_state(folder: Path) -> RunState:
 def check_resumable(state: RunState, config: Config, layout: ParallelLayout) -> None:
     """Raises CheckpointError if this run cannot go on from a checkpoint."""
     check_same_model(str(state.folder), state.model, config.model)
+    if state.model.freeze != config.model.freeze:
+        raise CheckpointError(
+            f"{state.folder} was trained with {state.model.freeze}, and this run has {config.model.freeze}; its "
+            "optimizer state does not fit. Export it and start from there (checkpoint.init) to change model.freeze"
+        )
     ours = _layout_record(layout, config)
     if state.layout != ours:
         raise CheckpointError(
@@ -176,11 +181,12 @@ class RunCheckpoint:
         files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
         write_json(aside / _COMPLETE, {"files": files})
         commit_folder(aside, folder)
-        self._remove_old(folder.parent)
+        self._remove_old(folder)
 
-    def _remove_old(self, checkpoints: Path) -> None:
+    def _remove_old(self, newest: Path) -> None:
         keep = self.config.checkpoint.keep
-        complete = [folder for folder in sorted(checkpoints.glob("step-????????")) if is_complete(folder)]
+        folders = sorted(newest.parent.glob("step-????????"))
+        complete = [folder for folder in folders if folder.name <= newest.name and is_complete(folder)]
         for folder in complete[:-keep] if keep else []:
             shutil.rmtree(folder)
 
@@ -237,7 +243,11 @@ class RunCheckpoint:
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         inner = inner_optimizers(self.engine.optimizer)
         for optimizer, state in zip(inner, saved["inner"], strict=True):
+            configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
+            # torch takes learning rate, betas, decay ... from the checkpoint; the run's configuration decides
+            for group, settings in zip(optimizer.param_groups, configured, strict=True):
+                group.update(settings)
         groups = [group["params"] for optimizer in inner for group in optimizer.param_groups]
         with torch.no_grad():
             for parameters, values in zip(groups, saved["parameters"], strict=True):

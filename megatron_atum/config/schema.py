@@ -26,7 +26,7 @@ class VisionConfig:
     num_channels: int = 3
     norm_eps: float = 1e-5
     hidden_act: str = "gelu"  # gelu (exact erf) | quick_gelu | gelu_pytorch_tanh
-    interpolate_positions: bool = False  # accept images of other sizes by interpolating the position table
+    interpolate_positions: bool = False  # take other image sizes (inference; training resizes)
 
 
 @dataclass
@@ -87,7 +87,7 @@ class ParallelConfig:
 @dataclass
 class SourceConfig:
     name: str = "???"
-    shards: str = "???"  # glob of WebDataset shards, or a manifest (.json)
+    shards: str = "???"  # glob of WebDataset shards
     weight: float = 1.0  # share of tokens, relative to the other sources
     kind: str = "documents"  # documents | pairs
     max_images: int = 70  # most images in one packed row
@@ -117,7 +117,8 @@ class OptimizerConfig:
     clip_grad: float = 1.0  # global gradient norm; 0 turns clipping off
     distributed: bool = True  # shard optimizer state over data-parallel ranks
     overlap_grad_reduce: bool = True
-    overlap_param_gather: bool = False
+    overlap_param_gather: bool = False  # gather updated parameters during the next forward
+    bucket_size: int | None = None  # values per gradient bucket that is reduced on its own; default megatron-core's
 
 
 @dataclass

@@ -100,6 +100,8 @@ def _multiple(key: str, value: int, of: str, divisor: int) -> None:
 
 def _check_model(config: Config) -> None:
     m = config.model
+    if m.vision.num_channels != 3:
+        raise ConfigError(f"model.vision.num_channels={m.vision.num_channels}: images have 3 channels; 3 would work")
     # rotary embeddings need an even head width
     _multiple("model.hidden_size", m.hidden_size, "2 x model.num_heads", 2 * m.num_heads)
     _multiple("model.vision.embed_dim", m.vision.embed_dim, "model.vision.num_heads", m.vision.num_heads)

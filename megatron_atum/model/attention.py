@@ -13,6 +13,19 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """torch's scaled_dot_product_attention that also takes an empty batch.
+
+    A rank without images attends over nothing, and that must stay in the graph; fused CUDA kernels refuse a batch
+    of 0, the plain one does not.
+    """
+    if query.numel() and key.numel():
+        return F.scaled_dot_product_attention(query, key, value, **options)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(query, key, value, **options)
 
 
 class TorchAttention(MegatronModule):
@@ -47,7 +60,7 @@ class TorchAttention(MegatronModule):
         """
         mask_type = attn_mask_type or self.attn_mask_type
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
-        out_BASD = F.scaled_dot_product_attention(
+        out_BASD = dot_product_attention(
             query,
             key,
             value,

@@ -35,7 +35,7 @@ def _base(dtype: torch.dtype) -> dict[str, Any]:
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "use_cpu_initialization": not has_accelerator(),
-        "perform_initialization": False,  # checkpoint/initialise.py fills every weight, equal at every layout
+        "perform_initialization": False,  # checkpoint/weights.py fills every weight, equal at every layout
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,

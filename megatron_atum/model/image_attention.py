@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_atum.batch import Batch
 from megatron_atum.errors import DataError
+from megatron_atum.model.attention import dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _attend_segments(query_SbAD: Tensor, key_KLAD: Tensor, value_KLAD: Tensor, p
     outs = []
     for (n, length), q, k, v in zip(plan.groups, queries, keys, values, strict=True):
         q_nAtD = q.view(n, length, A, D).transpose(1, 2)
-        out_nAtD = F.scaled_dot_product_attention(q_nAtD, k.transpose(1, 2), v.transpose(1, 2))
+        out_nAtD = dot_product_attention(q_nAtD, k.transpose(1, 2), v.transpose(1, 2))
         outs.append(out_nAtD.transpose(1, 2).reshape(n * length, A, D))
     out = torch.zeros(S * b, A, D, dtype=query_SbAD.dtype, device=query_SbAD.device)
     return out.index_copy(0, plan.tokens_T, torch.cat(outs)).view(S, b, A, D)
@@ -138,7 +139,7 @@ def _attend_dense(query_SbAD: Tensor, key_NLAD: Tensor, value_NLAD: Tensor, plan
         sees_S1 = mask_SI.any(-1, keepdim=True)
         k_AKD, v_AKD = (_with_empty_key(x) for x in (k, v))
         mask_SK = torch.cat((~sees_S1, mask_SI.repeat_interleave(L, dim=1) if count else mask_SI), dim=1)
-        out_ASD = F.scaled_dot_product_attention(q_SAD.transpose(0, 1), k_AKD, v_AKD, attn_mask=mask_SK)
+        out_ASD = dot_product_attention(q_SAD.transpose(0, 1), k_AKD, v_AKD, attn_mask=mask_SK)
         outs.append(torch.where(sees_S1[:, :, None], out_ASD.transpose(0, 1), 0.0))
     return torch.stack(outs, dim=1)
 

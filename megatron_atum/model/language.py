@@ -91,6 +91,6 @@ class RotaryFrequencies(nn.Module):
 
     def forward(self, position_ids_BS: Tensor) -> Tensor:
         """[B,S] int64 -> [S,B,1,D] fp32, as megatron-core's attention takes it."""
-        inv_freq = self.inv_freq.to(position_ids_BS.device)
-        angles_SBD = position_ids_BS.t().to(torch.float32)[:, :, None] * inv_freq
+        self.inv_freq = self.inv_freq.to(position_ids_BS.device)
+        angles_SBD = position_ids_BS.t().to(torch.float32)[:, :, None] * self.inv_freq
         return torch.cat((angles_SBD, angles_SBD), dim=-1)[:, :, None, :]

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megatron_atum.config.schema import ModelConfig
+from megatron_atum.model.attention import dot_product_attention
 from megatron_atum.model.configs import perceiver_config
 from megatron_atum.model.linear import column_linear, row_linear
 from megatron_atum.model.norm import LayerNorm
@@ -57,7 +58,7 @@ class PerceiverAttention(MegatronModule):
         key, value = (self._heads(x) for x in self.key_value(normed)[0].chunk(2, dim=-1))
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        out_NALD = F.scaled_dot_product_attention(query, key, value)
+        out_NALD = dot_product_attention(query, key, value)
         return self.output(out_NALD.transpose(1, 2).flatten(2))[0]
 
     def _heads(self, x: Tensor) -> Tensor:

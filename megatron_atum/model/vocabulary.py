@@ -39,6 +39,10 @@ class _AddedRows(nn.Module):
         super().__init__()
         self.weight = mark_replicated(nn.Parameter(torch.empty(rows, width, dtype=dtype)), sum_gradient=sum_gradient)
 
+    def forward(self) -> Tensor:
+        """The table [A,H]. Called, so that hooks on this module (the overlapped parameter gather) run."""
+        return self.weight
+
 
 class DecoupledEmbedding(MegatronModule):
     """Ids below V look up the base table, the others the added rows (HF: IdeficsDecoupledEmbedding)."""
@@ -73,7 +77,7 @@ class DecoupledEmbedding(MegatronModule):
             return base_sbH.contiguous()
         index_sb, is_added_sb = self._own_tokens(input_ids_bS - self.vocab_size), self._own_tokens(is_added_bS)
         # Every added row takes part, so that its gradient is reached whatever tokens the microbatch has.
-        added_sbH = nn.functional.embedding(index_sb.clamp(min=0), self.added.weight)
+        added_sbH = nn.functional.embedding(index_sb.clamp(min=0), self.added())
         return torch.where(is_added_sb[:, :, None], added_sbH, base_sbH)
 
     def _own_tokens(self, x_bS: Tensor) -> Tensor:
@@ -111,7 +115,7 @@ class DecoupledHead(MegatronModule):
         hidden_SbH = enter(hidden_sbH)
         logits, _ = self.base(hidden_SbH)
         if self.added is not None:
-            logits = torch.cat((logits, nn.functional.linear(hidden_SbH, self.added.weight)), dim=-1)
+            logits = torch.cat((logits, nn.functional.linear(hidden_SbH, self.added())), dim=-1)
         foreign_C = self._foreign_columns(logits.device)
         return logits.masked_fill(foreign_C, float("-inf"))
 

@@ -45,7 +45,10 @@ class ProcessGroups:
         return self.pipeline_rank == self.layout.pipeline - 1
 
 
-def start_distributed(timeout_s: float = 600.0) -> None:
+TIMEOUT_S = 600.0  # of a collective, in every group
+
+
+def start_distributed(timeout_s: float = TIMEOUT_S) -> None:
     """Join the default process group from torchrun's environment (a single process needs no environment)."""
     if dist.is_initialized():
         return
@@ -69,6 +72,7 @@ def build_groups(layout: ParallelLayout, seed: int = 1) -> ProcessGroups:
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=int(TIMEOUT_S // 60),
     )
     install_cpu_rng()
     with emulated_cuda():

@@ -31,6 +31,7 @@ def wrap_data_parallel(stages: list[AtumStage], config: OptimizerConfig) -> list
         use_distributed_optimizer=config.distributed,
         overlap_grad_reduce=config.overlap_grad_reduce,
         overlap_param_gather=config.overlap_param_gather,
+        bucket_size=config.bucket_size,
     )
     with emulated_cuda():
         return [
@@ -108,6 +109,9 @@ def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig) -> Op
         end_wd=config.weight_decay,
         wd_incr_steps=config.decay_steps,
         wd_incr_style="constant",
+        # a resumed run follows its configuration, not the values of the checkpoint
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
 
 
