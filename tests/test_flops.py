@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from megatron_atum.batch import Batch
 from megatron_atum.checkpoint.table import hf_shapes
-from megatron_atum.config.presets import preset
+from megatron_atum.config.loader import preset
 from megatron_atum.config.schema import FreezeConfig, ModelConfig, PerceiverConfig, VisionConfig
 from megatron_atum.flops import LEGACY_LABEL, Flops, Work, executed_flops, legacy_flops, model_flops, products
 from tests.distributed import run_distributed

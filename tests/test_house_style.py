@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows, for every file of megatron_atum/ (design: the rooms and their order).
+"""Rules of the house that no linter knows, for every file of megatron_atum/ (the rooms, and which may import which).
 
 Each rule is a function from a source text to a list of complaints; each has a test that it can fail.
 """

@@ -1,4 +1,4 @@
-"""pretrain_atum.py as a user runs it: once through torchrun, and with every mistake of the issue list."""
+"""pretrain_atum.py as a user runs it: once through torchrun, and with every mistake it refuses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_atum.checkpoint.run_state import newest_complete
@@ -83,13 +84,17 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(data: Path, tmp_path: P
     assert "layout: tensor 2 + sequence, pipeline 2" in output
 
     killed = torchrun(4, arguments(data, tmp_path / "killed", *layout))
-    wait_for_step(tmp_path / "killed" / "test" / "metrics.jsonl", 3, killed)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    metrics = tmp_path / "killed" / "test" / "metrics.jsonl"
+    wait_for_step(metrics, 3, killed)
+    kill_all(killed)
+    steps_before = metrics.read_text().count('"loss"')
+    assert 3 <= steps_before < 6
     again = torchrun(4, arguments(data, tmp_path / "killed", *layout))
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
-    assert "weights: step" in output
+    events = [line for line in map(json.loads, metrics.read_text().splitlines()) if line.get("event") == "resume"]
+    assert len(events) == 1
+    assert events[0]["step"] in (2, 4)
 
     expected = losses(tmp_path / "whole")
     assert [line["step"] for line in expected] == [1, 2, 3, 4, 5, 6]
@@ -101,6 +106,15 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(data: Path, tmp_path: P
     assert newest is not None
     assert newest.name == "step-00000006"
     assert load_config(tmp_path / "whole" / "test" / "config.yaml", []).parallel.tensor == 2
+
+
+def kill_all(run: subprocess.Popen[str]) -> None:
+    """SIGKILL to torchrun and its workers, which have sessions of their own."""
+    family = psutil.Process(run.pid).children(recursive=True)
+    for process in [psutil.Process(run.pid), *family]:
+        process.send_signal(signal.SIGKILL)
+    run.communicate()
+    psutil.wait_procs(family, timeout=30)
 
 
 def wait_for_step(metrics: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -145,6 +159,17 @@ MISTAKES = {
     "no_tokenizer": (["data.tokenizer={tmp}/none.model"], 1, ["none.model"]),
     "other_model": (["checkpoint.load={other}"], 1, ["model.hidden_size is 64 there and 128 here"]),
     "no_checkpoint": (["checkpoint.load={tmp}/step-00000009"], 1, ["step-00000009", "no such folder"]),
+    "no_rows_for_images": (["model.additional_vocab_size=1"], 1, ["model.additional_vocab_size=1", "2 would work"]),
+    "starts_below_its_checkpoints": (
+        ["logging.root={other_root}", "model.hidden_size=64", "checkpoint.load=none"],
+        1,
+        ["checkpoint.load=none starts at step 0", "step-00000001"],
+    ),
+    "other_freezing": (
+        ["logging.root={other_root}", "model.hidden_size=64", "model.freeze.vision=true"],
+        1,
+        ["freeze", "checkpoint.init"],
+    ),
     "no_hf_folder": (["checkpoint.init={tmp}/hf"], 1, ["hf", "not a folder"]),
 }
 
@@ -152,7 +177,13 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def filled(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tmp = tmp_path_factory.mktemp("mistakes")
-    return {"data": data, "tmp": tmp, "cut": truncated(data, tmp), "other": other_model(data, tmp)}
+    return {
+        "data": data,
+        "tmp": tmp,
+        "cut": truncated(data, tmp),
+        "other": other_model(data, tmp),
+        "other_root": tmp / "other",
+    }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -190,9 +221,22 @@ def test_corrupt_image_stops_all_ranks(data: Path, tmp_path: Path) -> None:
     run = torchrun(2, arguments(data, tmp_path, source, "parallel.pipeline=2", "training.steps=20"))
     output, _ = run.communicate(timeout=240)
     assert run.returncode != 0
-    assert "DataError" in output
+    assert "pretrain_atum: DataError" in output
     assert "bad.tar" in output
+    assert "/megatron_atum/" not in output  # no traceback from the depths
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["too_few_processes", "other_model"])
+def test_mistakes_under_torchrun_end_at_once(name: str, filled: dict[str, Path]) -> None:
+    overrides = [override.format(**filled) for override in MISTAKES[name][0]]
+    run = torchrun(2, arguments(filled["data"], filled["tmp"], *overrides))
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "pretrain_atum: " in output
+    for needle in MISTAKES[name][2]:
+        assert needle in output
+    assert "/megatron_atum/" not in output
 
 
 def test_shipped_tools_are_executable_by_path(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the two files beside this one, wherever it is run from
 
 from demo_plots import plot_loss, plot_resume
-from demo_processes import ENVIRONMENT, ROOT, StepFailed, execute, kill_worker, python, running, say, tail, torchrun
+from demo_processes import ENVIRONMENT, ROOT, StepFailed, execute, kill_all, python, running, say, tail, torchrun
 
 DEMO = Path("runs/demo")  # relative to ROOT, as in the configuration files
 MADE = ("data", "backbones", "start", "train", "resume", "frozen", "frozen-hf", "export", "logs", "results")
@@ -155,21 +154,15 @@ def step_resume() -> dict[str, Any]:
 
 
 def kill_midway(command: list[str], metrics: Path) -> None:
-    """Start a run and kill one of its workers; torchrun ends the others. Raises StepFailed if it ends before."""
+    """Start a run and kill torchrun and all its workers with SIGKILL. Raises StepFailed if it ends before."""
     log = log_path("resume")
     with running(command, log) as process:
         while len(read_steps(metrics)) < KILL_AFTER:
             if process.poll() is not None:
                 raise StepFailed(f"the run ended before it could be killed\n{tail(log)}\nlog: {log}")
             time.sleep(0.02)
-        worker = kill_worker(process, "pretrain_atum.py")
-        try:
-            code = process.wait(timeout=90)
-        except subprocess.TimeoutExpired:
-            raise StepFailed(f"torchrun still runs 90 s after a worker was killed; log: {log}") from None
-    say(f"sent SIGKILL to process {worker} of the run; torchrun ended with exit code {code}")
-    if code == 0:
-        raise StepFailed(f"the run ended with exit code 0 although a worker was killed; log: {log}")
+        killed = kill_all(process, "pretrain_atum.py")
+    say(f"sent SIGKILL to torchrun and its {killed} workers")
 
 
 def resume_step(events: list[dict[str, Any]]) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -118,13 +117,19 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def kill_worker(process: subprocess.Popen[bytes], script: str) -> int:
-    """SIGKILL to the process group of the last worker of a torchrun that runs `script`. Returns its process id."""
-    workers = [child for child in descendants(process.pid) if script in child.cmdline()]
+def kill_all(process: subprocess.Popen[bytes], script: str) -> int:
+    """SIGKILL to a torchrun and everything it started. Returns the number of workers that ran `script`."""
+    family = descendants(process.pid)
+    workers = [child for child in family if script in child.cmdline()]
     if not workers:
         raise StepFailed(f"no worker of {script} is left to be killed")
-    os.killpg(workers[-1].pid, signal.SIGKILL)  # torchrun starts each worker in a session of its own
-    return workers[-1].pid
+    process.kill()
+    for child in family:  # workers have sessions of their own and would outlive torchrun
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=30)
+    return len(workers)
 
 
 def execute(command: list[str], log: Path) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from megatron_atum.config.presets import preset
+from megatron_atum.config.loader import preset
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,17 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 def write_hf_folder(
-    out: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = DEFAULT_SHARD_BYTES
+    out: Path,
+    model: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    write_more: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write config.json and safetensors shards, whole or not at all.
 
     Args:
         tensors: every tensor of the model by Hugging Face name, in any order.
+        write_more: adds further files to the folder before it is put in place.
 
     Raises:
         CheckpointError: `out` exists, or the tensors are not exactly those of the model.
@@ -48,6 +53,7 @@ def write_hf_folder(
         write_json(folder / "config.json", to_hf(model, dtype))
         ids = {key: getattr(model, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(folder / "generation_config.json", ids)
+        write_more(folder)
 
 
 class _ShardWriter:

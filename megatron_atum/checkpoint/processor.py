@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_atum.config.schema import ModelConfig
+from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import CheckpointError
 
 ADDED_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
@@ -20,8 +21,10 @@ def write_processor(folder: Path, tokenizer_model: Path, model: ModelConfig) -> 
         tokenizer_model: sentencepiece `tokenizer.model`.
 
     Raises:
+        DataError: not a sentencepiece model, or not of this vocabulary.
         CheckpointError: the tokenizer's ids are not those of the model.
     """
+    Tokenizer.load(str(tokenizer_model), model.vocab_size)  # refuses what is no tokenizer of this model
     from transformers import LlamaTokenizer
     from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
     from transformers.models.idefics.processing_idefics import IdeficsProcessor

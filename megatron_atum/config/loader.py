@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from megatron_atum.config.presets import preset_values
-from megatron_atum.config.schema import Config, SourceConfig
+from megatron_atum.config.schema import Config, ModelConfig, SourceConfig
 from megatron_atum.config.suggest import unknown
 from megatron_atum.config.validate import validate
 from megatron_atum.errors import ConfigError
@@ -56,6 +56,16 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     assert isinstance(config, Config)
     validate(config)
     return config
+
+
+def preset(name: str) -> ModelConfig:
+    """The model configuration of a preset.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    preset_values(name)
+    return load_config(None, [f"model.preset={name}"]).model
 
 
 def to_yaml(config: Config) -> str:

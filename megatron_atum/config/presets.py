@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_atum.config.schema import ModelConfig
 from megatron_atum.config.suggest import unknown
 from megatron_atum.errors import ConfigError
 
@@ -53,11 +52,3 @@ def preset_values(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise ConfigError(unknown("model.preset", name, PRESETS))
     return {"preset": name, **PRESETS[name]}
-
-
-def preset(name: str) -> ModelConfig:
-    """The model configuration of a preset."""
-    from megatron_atum.config.loader import load_config
-
-    preset_values(name)
-    return load_config(None, [f"model.preset={name}"]).model

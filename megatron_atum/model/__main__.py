@@ -6,15 +6,16 @@ The whole model is built as one stage without allocating a weight, so any preset
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import warnings
 from dataclasses import dataclass
 
-from megatron_atum.config.presets import PRESETS, preset
+from megatron_atum.config.loader import preset
+from megatron_atum.config.presets import PRESETS
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import AtumError
+from megatron_atum.parallel.device import hide_accelerators
 
 PARTS = {  # part: how the names of its parameters start
     "vision": r"vision\.",
@@ -42,8 +43,7 @@ class Count:
 
 def count(model: ModelConfig) -> dict[str, Count]:
     """Parameters of each part, in the order of `PARTS`, with the freezing of the configuration."""
-    # No device is needed, and where there is one megatron-core would put the weights on it. Must precede the imports.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    hide_accelerators()  # megatron-core would put the weights on one
     warnings.filterwarnings("ignore", module=r"megatron\.core")  # that optional kernels are not installed
     import torch
 

@@ -1,9 +1,9 @@
 """Lets megatron-core's own code run on a machine without CUDA, over gloo.
 
 megatron-core names the device "cuda" literally in its schedules, optimizers and data-parallel buffers. Inside
-`emulated_cuda()` those literals mean the CPU. The emulation is scoped: it is entered around calls into
-megatron-core and nowhere else, it does nothing where CUDA exists, and a test keeps the word out of the rest of this
-package, so a wrong device of ours cannot hide behind it.
+`emulated_cuda()` those literals mean the CPU. The emulation is scoped to calls into megatron-core (our forward runs
+inside its schedules), and it does nothing where CUDA exists. A test keeps the word out of the rest of this package, so
+a wrong device of ours cannot hide behind it.
 """
 
 from __future__ import annotations

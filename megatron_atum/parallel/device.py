@@ -13,6 +13,11 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available()
 
 
+def hide_accelerators() -> None:
+    """Make this process a CPU process. Only before anything has asked for an accelerator."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def device() -> torch.device:
     """The accelerator of this process (chosen by LOCAL_RANK), or the CPU."""
     if has_accelerator():

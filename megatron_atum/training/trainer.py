@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_atum import __version__
 from megatron_atum.batch import Batch, StepData
@@ -14,11 +13,11 @@ from megatron_atum.checkpoint.files import sync
 from megatron_atum.checkpoint.run_state import RunCheckpoint
 from megatron_atum.checkpoint.weights import fill, initialise
 from megatron_atum.config.loader import to_yaml
-from megatron_atum.errors import DataError
+from megatron_atum.parallel.agreement import check_equal, together
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.training.engine import Engine, StepResult
 from megatron_atum.training.metrics import MetricsFile, Terminal
-from megatron_atum.training.start import Start
+from megatron_atum.training.start import Start, lock_run_folder
 
 
 class Trainer:
@@ -26,6 +25,8 @@ class Trainer:
 
     def __init__(self, start: Start, groups: ProcessGroups) -> None:
         self.start, self.config, self.groups = start, start.config, groups
+        check_equal(start.identity())
+        self._lock = together(lambda: lock_run_folder(start.run_folder) if groups.rank == 0 else None)
         self.engine = Engine(self.config, groups)
         self.checkpoint = RunCheckpoint(self.config, groups, self.engine)
         self.metrics = MetricsFile(start.run_folder / "metrics.jsonl", writes=groups.rank == 0)
@@ -52,29 +53,20 @@ class Trainer:
         self._end()
 
     def _fill_weights(self) -> None:
-        engine, start = self.engine, self.start
-        if start.backbones is not None:
-            fill(engine.stages, self.config.model, self.groups, start.backbones.read)
-        elif start.resume is None:
-            initialise(engine.stages, self.config.model, self.groups, self.config.training.seed)
+        engine, start, model = self.engine, self.start, self.config.model
+        backbones, resume = start.backbones, start.resume
+        if backbones is not None:
+            together(lambda: fill(engine.stages, model, self.groups, backbones.read))
+        elif resume is None:
+            initialise(engine.stages, model, self.groups, self.config.training.seed)
         engine.build_optimizer()
-        if start.resume is not None:
-            self.checkpoint.load(start.resume)
+        if resume is not None:
+            together(lambda: self.checkpoint.load(resume))
 
     def _next_step(self) -> StepData:
         """The step's microbatches; if the data of any rank is at fault, all ranks raise."""
         began = time.perf_counter()
-        data, error = StepData([]), ""
-        try:
-            data = self.start.loader.next_step()
-        except DataError as problem:
-            error = str(problem)
-        failed = torch.tensor(float(bool(error)), device=self.engine.device)
-        dist.all_reduce(failed)
-        if failed:
-            errors: list[str] = [""] * dist.get_world_size()
-            dist.all_gather_object(errors, error)
-            raise DataError(next(text for text in errors if text))
+        data = together(self.start.loader.next_step)
         self.data_s = time.perf_counter() - began
         return data
 

@@ -21,7 +21,7 @@ from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder
 from megatron_atum.checkpoint.table import weight_table
 from megatron_atum.checkpoint.weights import drawn
-from megatron_atum.config.presets import preset
+from megatron_atum.config.loader import preset
 from megatron_atum.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]

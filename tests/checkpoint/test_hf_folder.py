@@ -16,7 +16,7 @@ from megatron_atum.checkpoint.hf_config import from_hf, to_hf
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder, check_same_model
 from megatron_atum.checkpoint.table import hf_shapes, weight_table
-from megatron_atum.config.presets import preset
+from megatron_atum.config.loader import preset
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import CheckpointError
 from tests.model.cases import Case, hf_config

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_atum.checkpoint.hf_config import from_hf, to_hf
 from megatron_atum.checkpoint.table import hf_shapes, weight_table
 from megatron_atum.checkpoint.weights import drawn, gather_rows, initialise, named_weights, rows_of
-from megatron_atum.config.presets import preset
+from megatron_atum.config.loader import preset
 from megatron_atum.config.schema import ModelConfig, PerceiverConfig, VisionConfig
 from megatron_atum.model.stage import build_stages
 from tests.distributed import run_distributed

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_atum.config.loader import describe_keys, key_names, load_config, to_yaml
-from megatron_atum.config.presets import PRESETS, preset
+from megatron_atum.config.loader import describe_keys, key_names, load_config, preset, to_yaml
+from megatron_atum.config.presets import PRESETS
 from megatron_atum.config.schema import Config
 from megatron_atum.errors import ConfigError
 

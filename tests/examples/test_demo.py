@@ -19,8 +19,7 @@ import torch
 from megatron_atum.checkpoint.backbones import Backbones
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder, check_same_model
-from megatron_atum.config.loader import load_config
-from megatron_atum.config.presets import preset
+from megatron_atum.config.loader import load_config, preset
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
@@ -256,7 +255,7 @@ def test_what_is_left_of_a_command_is_stopped(tmp_path: Path):
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family)
 
 
-def test_a_worker_is_killed_with_its_process_group(tmp_path: Path):
+def test_everything_a_run_started_is_killed(tmp_path: Path):
     child = "import time; time.sleep(60)"
     script = (
         "import subprocess, sys\n"
@@ -264,9 +263,10 @@ def test_a_worker_is_killed_with_its_process_group(tmp_path: Path):
         "sys.exit(-worker.wait())"
     )
     with demo_processes.running(demo_processes.python("-c", script), tmp_path / "x.log") as process:
-        wait_for_child(process)
-        demo_processes.kill_worker(process, "worker.py")
-        assert process.wait(timeout=10) == signal.SIGKILL
+        family = wait_for_child(process)
+        assert demo_processes.kill_all(process, "worker.py") == 1
+        assert process.returncode == -signal.SIGKILL
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family)
 
 
 def wait_for_child(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

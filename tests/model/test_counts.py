@@ -14,7 +14,7 @@ import torch
 
 from megatron_atum.checkpoint.hf_config import to_hf
 from megatron_atum.checkpoint.table import hf_shapes
-from megatron_atum.config.presets import preset
+from megatron_atum.config.loader import preset
 from megatron_atum.model.__main__ import main
 from tests.distributed import run_distributed
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_atum.checkpoint.table import weight_table
-from megatron_atum.config.presets import preset
+from megatron_atum.config.loader import preset
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.model.stage import build_stages
 from megatron_atum.parallel.groups import build_groups

@@ -46,7 +46,7 @@ def trained(parameter: torch.nn.Parameter) -> Tensor | None:
 
 
 def rotate(batches: list[Batch], step: int) -> list[Batch]:
-    """Other order and other text in each step; ids below 3 are padding and special tokens and stay."""
+    """Another order in each step."""
     step %= len(batches)
     return batches[step:] + batches[:step]
 

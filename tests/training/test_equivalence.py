@@ -26,7 +26,7 @@ DATA_PARALLEL = [
 ]
 PLAIN = {"distributed": False, "overlap_grad_reduce": False}
 SHARDED = {"distributed": True, "overlap_grad_reduce": True}
-GATHERED = {**SHARDED, "overlap_param_gather": True}
+GATHERED = {**SHARDED, "overlap_param_gather": True, "bucket_size": 2000}  # many buckets
 
 
 @pytest.fixture(scope="module", params=[UNFROZEN, FROZEN], ids=lambda case: case.name)

@@ -23,6 +23,7 @@ CASES = [
     Case("unfrozen", 41, rows=1, images=IMAGES, small_norm_inputs=False),
     Case("frozen", 42, rows=1, images=IMAGES, frozen=True, small_norm_inputs=False),
 ]
+ROUNDING = 3e-8  # of gradients that are sums of larger terms, some of them zero by nature
 LAYOUTS = [Degrees(data=2), Degrees(data=2, tensor=2, sequence=True), Degrees(data=2, pipeline=2)]
 
 
@@ -102,10 +103,12 @@ def test_equals_one_process(degrees: Degrees, alone: tuple[Path, Any]) -> None:
     for name in SCENES:
         for key in expected[name]["losses"]:
             assert ours[name]["losses"][key] == pytest.approx(expected[name]["losses"][key], rel=1e-6, abs=1e-9), name
-        for kind, tolerance in (("gradients", 2e-6), ("parameters", 1e-6)):
-            for tensor, value in expected[name][kind].items():
-                worst = float((ours[name][kind][tensor] - value).abs().max())
-                assert worst <= tolerance * max(1.0, float(value.abs().max())), f"{name}: {kind} of {tensor}: {worst}"
+        for tensor, value in expected[name]["gradients"].items():
+            worst = float((ours[name]["gradients"][tensor] - value).abs().max())
+            assert worst <= 1e-4 * float(value.abs().max()) + ROUNDING, f"{name}: gradient of {tensor}: {worst}"
+        for tensor, value in expected[name]["parameters"].items():
+            worst = float((ours[name]["parameters"][tensor] - value).abs().max())
+            assert worst <= 1e-6, f"{name}: {tensor}: {worst}"
 
 
 def test_scenes_are_what_they_are_called(alone: tuple[Path, Any]) -> None:

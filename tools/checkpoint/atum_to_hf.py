@@ -49,11 +49,14 @@ def main() -> None:
     state = read_state(find_checkpoint(options.checkpoint, options.step))
     tokenizer = find_tokenizer(options.tokenizer, state.config["data"]["tokenizer"])
     shard_bytes = int(options.max_shard_gb * 1e9)
-    write_hf_folder(options.out, state.model, checkpoint_tensors(state), shard_bytes)
-    if tokenizer is None:
-        print("no tokenizer found: processor files were not written (give --tokenizer)")
-    else:
-        write_processor(options.out, tokenizer, state.model)
+
+    def write_more(folder: Path) -> None:
+        if tokenizer is None:
+            print("no tokenizer found: processor files are not written (give --tokenizer)")
+        else:
+            write_processor(folder, tokenizer, state.model)
+
+    write_hf_folder(options.out, state.model, checkpoint_tensors(state), shard_bytes, write_more)
     print(f"wrote {options.out} from {state.folder}")
 
 

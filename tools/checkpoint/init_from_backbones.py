@@ -14,7 +14,7 @@ import torch
 
 from megatron_atum.checkpoint.backbones import Backbones
 from megatron_atum.checkpoint.hf_export import write_hf_folder
-from megatron_atum.config.presets import preset
+from megatron_atum.config.loader import preset
 from megatron_atum.errors import AtumError
 
 

@@ -1,0 +1,50 @@
+"""All ranks decide together: what one of them cannot do, none of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_atum.errors import AtumError, ConfigError
+from megatron_atum.parallel.device import device
+
+T = TypeVar("T")
+
+
+def together(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; if it raises an AtumError on any, all raise that one. Collective over all ranks.
+
+    `work` must not communicate. Costs one all-reduce of a number when nothing fails.
+    """
+    error: AtumError | None = None
+    try:
+        result = work()
+    except AtumError as problem:
+        error = problem
+    failed = torch.tensor(float(error is not None), device=device())
+    dist.all_reduce(failed)
+    if failed:
+        errors: list[AtumError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        raise next(problem for problem in errors if problem is not None)
+    return result
+
+
+def check_equal(what: dict[str, Any]) -> None:
+    """Every rank has the same values. Collective over all ranks.
+
+    Raises:
+        ConfigError: on all ranks, naming what differs and between which ranks.
+    """
+    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, what)
+    for rank, theirs in enumerate(everyone):
+        for key, value in theirs.items():
+            if value != everyone[0][key]:
+                raise ConfigError(
+                    f"rank 0 and rank {rank} start differently: {key} is {everyone[0][key]!r} there and {value!r} "
+                    "here; all ranks must see the same files and get the same arguments"
+                )
