@@ -1,7 +1,7 @@
 # megatron_atum on NVIDIA's PyTorch container, which brings torch, CUDA, NCCL, apex and Transformer Engine.
-#   docker build -t megatron-atum .
-#   docker build -t megatron-atum --build-arg BASE=nvcr.io/nvidia/pytorch:25.06-py3 .
-ARG BASE=nvcr.io/nvidia/pytorch:25.06-py3
+#   docker build -t megatron-atum --build-arg BASE=IMAGE .
+# IMAGE is a PyTorch image of the NGC catalogue with Python 3.12, under its full name.
+ARG BASE
 FROM ${BASE}
 
 WORKDIR /opt/megatron-atum

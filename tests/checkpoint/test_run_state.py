@@ -332,3 +332,43 @@ def save_twice(rank: int, world_size: int, root: str) -> None:
     checkpoint.save(Path(root), 7, {"first": True})
     checkpoint.save(Path(root), 7, {"second": True})
     assert not (step_folder(Path(root), 7) / "rubbish").exists()
+
+
+def change(rank: int, world_size: int, root: str) -> dict[str, Any]:
+    """Save under one configuration of the optimizer, go on under another."""
+    engine, checkpoint = engine_of(config_of(PLAIN), Degrees(), seed=1)
+    steps(engine, range(2))
+    folder = checkpoint.save(Path(root), 2, {})
+    engine, checkpoint = engine_of(
+        config_of({**PLAIN, "lr": 1e-4, "weight_decay": 0.3, "beta2": 0.9, "decay_steps": 50}), Degrees(), seed=2
+    )
+    checkpoint.load(read_state(folder))
+    ((_, _, lr),) = steps(engine, range(2, 3))
+    groups = engine.inner_optimizer.param_groups
+    return {
+        "lr": lr,
+        "betas": {group["betas"] for group in groups},
+        "decay": {round(group["weight_decay"], 6) for group in groups},
+        "adam_steps": {int(state["step"]) for state in engine.inner_optimizer.state.values()},
+    }
+
+
+def test_a_resumed_run_follows_its_configuration(tmp_path: Path) -> None:
+    (found,) = run_distributed(change, 1, str(tmp_path))
+    assert found["lr"] == pytest.approx(1e-4 * (1 - 2 / 50))  # linear to 0, at the saved step
+    assert found["betas"] == {(0.9, 0.9)}
+    assert found["decay"] == {0.0, 0.3}
+    assert found["adam_steps"] == {3}
+
+
+def save_below(rank: int, world_size: int, root: str) -> list[str]:
+    config = config_of(PLAIN)
+    config.checkpoint.keep = 1
+    _, checkpoint = engine_of(config, Degrees(), seed=1)
+    for step in (8, 9, 3):
+        checkpoint.save(Path(root), step, {})
+    return sorted(path.name for path in Path(root).iterdir())
+
+
+def test_a_checkpoint_is_never_removed_for_later_ones(tmp_path: Path) -> None:
+    assert run_distributed(save_below, 1, str(tmp_path)) == [["step-00000003", "step-00000009"]]
