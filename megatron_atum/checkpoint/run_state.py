@@ -18,7 +18,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +28,7 @@ from megatron_atum.checkpoint.hf_folder import check_same_model
 from megatron_atum.checkpoint.weights import named_weights
 from megatron_atum.config.schema import Config, ModelConfig
 from megatron_atum.errors import CheckpointError
+from megatron_atum.parallel.agreement import together
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.parallel.layout import ParallelLayout
 
@@ -191,19 +191,21 @@ class RunCheckpoint:
             shutil.rmtree(folder)
 
     def _together(self, work: Callable[[], None], aside: Path) -> None:
-        """Do this rank's part; if any rank failed, all of them raise."""
-        error = ""
+        """Do this rank's part; if any rank failed, all of them raise, and what was written is removed."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except (OSError, RuntimeError, SafetensorError) as problem:  # torch and safetensors wrap what the disk says
+                where = f"checkpoint {aside.with_suffix('')} could not be written: rank {self.groups.rank}"
+                raise CheckpointError(f"{where}: {problem}") from None
+
         try:
-            work()
-        except (OSError, RuntimeError, SafetensorError) as problem:  # torch and safetensors wrap what the disk says
-            error = f"rank {self.groups.rank}: {problem}"
-        errors: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        failed = [text for text in errors if text]
-        if failed:
+            together(guarded)
+        except CheckpointError:
             if self.groups.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {aside.with_suffix('')} could not be written: {failed[0]}")
+            raise
 
     def load(self, state: RunState) -> None:
         """Weights, optimizer and random state of this rank. `check_resumable` must have passed.

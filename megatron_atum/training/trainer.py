@@ -9,7 +9,7 @@ import torch
 
 from megatron_atum import __version__
 from megatron_atum.batch import Batch, StepData
-from megatron_atum.checkpoint.files import sync
+from megatron_atum.checkpoint.files import write_text
 from megatron_atum.checkpoint.run_state import RunCheckpoint
 from megatron_atum.checkpoint.weights import fill, initialise
 from megatron_atum.config.loader import to_yaml
@@ -84,9 +84,7 @@ class Trainer:
         self.metrics.resume_after(self.step)
         self.metrics.write(event="resume" if self.start.resume else "start", step=self.step)
         if rank_0:
-            path = self.start.run_folder / "config.yaml"
-            path.write_text(to_yaml(self.config))
-            sync(path)
+            write_text(self.start.run_folder / "config.yaml", to_yaml(self.config))
 
     def _say_start(self) -> None:
         trains = sum(p.numel() for s in self.engine.stages for p in s.parameters() if p.requires_grad)

@@ -57,7 +57,7 @@ def logits_difference(logits: list[Tensor], expected: Expected) -> float:
     for ours, theirs, batch in zip(logits, expected.logits, expected.batches, strict=False):
         real = batch.input_ids != 0  # random ids are at least 3
         assert ours.shape == theirs.shape
-        worst = max(worst, float((ours - theirs)[real].abs().max()))
+        worst = max(worst, float((ours.cpu() - theirs)[real].abs().max()))
     return worst
 
 
