@@ -8,7 +8,7 @@ This module imports torch and nothing else, so that both sides can depend on it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,7 +51,6 @@ class StepData:
 
     microbatches: list[Batch]
     faults: int = 0  # samples lost to faults so far, counted by the loader
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 def images_per_tensor_rank(num_images: int, tensor_size: int) -> int:

@@ -42,7 +42,7 @@ class StepResult:
 class Engine:
     """Model, data parallelism, optimizer and schedule of this rank.
 
-    Weights must be filled (checkpoint/weights.py) between `build_model` and `build_optimizer`: the optimizer takes
+    Weights must be filled (checkpoint/weights.py) before `build_optimizer`: the optimizer takes
     its fp32 copies from them.
     """
 

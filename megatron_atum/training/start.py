@@ -49,8 +49,10 @@ def prepare_start(config: Config, world_size: int, rank: int) -> Start:
     """
     layout = ParallelLayout.from_config(config, world_size)
     run_folder = Path(config.logging.root) / config.logging.run
-    resume, backbones = _find_weights(config, run_folder / "checkpoints", report=rank == 0)
-    _check_goes_on(config, run_folder / "checkpoints", resume)
+    says = rank == 0 and config.checkpoint.load == "latest"
+    newest = newest_complete(run_folder / "checkpoints", print if says else lambda line: None)
+    resume, backbones = _find_weights(config, newest)
+    _check_goes_on(config, newest, resume)
     if resume is not None:
         check_resumable(resume, config, layout)
     if backbones is not None:
@@ -61,10 +63,9 @@ def prepare_start(config: Config, world_size: int, rank: int) -> Start:
     return Start(config, layout, loader, run_folder, resume, backbones)
 
 
-def _find_weights(config: Config, checkpoints: Path, *, report: bool) -> tuple[RunState | None, IdeficsFolder | None]:
+def _find_weights(config: Config, newest: Path | None) -> tuple[RunState | None, IdeficsFolder | None]:
     load, init = config.checkpoint.load, config.checkpoint.init
     if load == "latest":
-        newest = newest_complete(checkpoints, print if report else lambda line: None)
         if newest is not None:
             return read_state(newest), None
     elif load not in (None, "none"):
@@ -75,13 +76,12 @@ def _find_weights(config: Config, checkpoints: Path, *, report: bool) -> tuple[R
     return None, IdeficsFolder(init) if init else None
 
 
-def _check_goes_on(config: Config, checkpoints: Path, resume: RunState | None) -> None:
+def _check_goes_on(config: Config, newest: Path | None, resume: RunState | None) -> None:
     """A run does not start below checkpoints that its folder already holds: two histories would mix."""
-    newest = newest_complete(checkpoints)
     step = resume.step if resume else 0
     if newest is not None and read_state(newest).step > step:
         raise ConfigError(
-            f"checkpoint.load={config.checkpoint.load} starts at step {step}, but {checkpoints} already goes on to "
+            f"checkpoint.load={config.checkpoint.load} starts at step {step}, but {newest.parent} already goes on to "
             f"{newest.name}; use checkpoint.load=latest, another logging.run, or remove what it should replace"
         )
 

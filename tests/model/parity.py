@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_atum.checkpoint.hf_config import from_hf
-from megatron_atum.checkpoint.weights import gather_rows, rows_of
+from megatron_atum.checkpoint.weights import gather_rows, named_weights
 from megatron_atum.training.loss import report_sums
 from tests.layouts import Degrees, build_engine, test_config
 from tests.model.cases import Expected, pixels_of_rank
@@ -80,10 +80,9 @@ def _difference(name: str, ours: Tensor, theirs: Tensor) -> float:
 def replicated_difference(engine: Any) -> float:
     """Largest difference of a replicated gradient between tensor ranks."""
     worst = 0.0
-    for row, parameter in rows_of(engine.stages, engine.config.model):
+    for parameter in named_weights(engine.stages).values():
         if parameter.requires_grad and not getattr(parameter, "tensor_model_parallel", False):
             parts: list[Any] = [None] * engine.groups.layout.tensor
             torch.distributed.all_gather_object(parts, parameter.main_grad.clone(), group=engine.groups.tensor)
             worst = max(worst, *(float((part - parts[0]).abs().max()) for part in parts), 0.0)
-        del row
     return worst
