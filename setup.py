@@ -38,6 +38,7 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.20,<6",
         "webdataset>=0.2.100,<2",
+        "xxhash>=3.4",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.0"],
