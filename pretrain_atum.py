@@ -28,13 +28,13 @@ def main() -> None:
         return
     # Imported only now: --help and --dry-run answer at once.
     from megatron_atum.parallel.groups import build_groups, start_distributed, stop_distributed
-    from megatron_atum.training.start import prepare_start
+    from megatron_atum.training.start import confirm_start, prepare_start
     from megatron_atum.training.trainer import Trainer
 
     start = prepare_start(config, WORLD_SIZE, RANK)
     start_distributed()
     groups = build_groups(start.layout, config.training.seed)
-    Trainer(start, groups).fit()
+    Trainer(confirm_start(start, RANK), groups).fit()
     stop_distributed()
 
 

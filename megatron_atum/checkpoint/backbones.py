@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_atum.checkpoint.hf_folder import HfFolder, check_names
-from megatron_atum.checkpoint.table import hf_shapes, weight_table
-from megatron_atum.checkpoint.weights import drawn
+from megatron_atum.checkpoint.assets import read_assets
+from megatron_atum.checkpoint.draw import Drawn
+from megatron_atum.checkpoint.hf_config import from_hf, rope_theta, to_hf
+from megatron_atum.checkpoint.hf_export import converted
+from megatron_atum.checkpoint.hf_folder import HfFolder, check_dtypes, check_names
+from megatron_atum.checkpoint.table import hf_shapes
 from megatron_atum.config.schema import ModelConfig, VisionConfig
 from megatron_atum.errors import CheckpointError
 
@@ -21,38 +24,70 @@ _CLIP_PREFIX, _OUR_PREFIX = "vision_model.", "model.vision_model."
 
 
 class Backbones:
-    """The two folders, checked against each other and against what ATUM builds from them.
+    """The two folders and the rest of the model: a TensorSource, checked against what ATUM builds from them.
 
     Raises:
         CheckpointError: another kind of model, a part that ATUM does not build, or tensors that do not fit.
     """
 
-    def __init__(self, llama: Path, clip: Path, base: ModelConfig) -> None:
+    def __init__(
+        self, llama: Path, clip: Path, base: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         """Args:
         base: what the backbones do not say (added vocabulary, interval, perceiver, gates).
+        seed, dtype: of the drawn weights; dtype of all of them.
         """
-        self.llama, self.clip = HfFolder(llama), HfFolder(clip)
+        with ExitStack() as opened:
+            self.llama, self.clip = (opened.enter_context(HfFolder(folder)) for folder in (llama, clip))
+            self.model = self._model(base)
+            self._shapes = hf_shapes(self.model)
+            self._check_tensors()
+            self._opened = opened.pop_all()
+        self._dtype, self._drawn = dtype, Drawn(self.model, seed)
+
+    def __enter__(self) -> Backbones:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def names(self) -> set[str]:
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        holder = self._holder(name)
+        if holder is None:
+            # a copy, which does not keep the rest of the tensor
+            return self._drawn.read(name, rows).to(self._dtype, copy=True)
+        folder, key = holder
+        return converted(folder.read(key, rows), self._dtype, f"{folder.path}: {key}")
+
+    def assets(self) -> dict[str, bytes]:
+        """LLaMA's tokenizer.model. Its other files do not know of images."""
+        return {name: content for name, content in read_assets(self.llama.path).items() if name == "tokenizer.model"}
+
+    def _model(self, base: ModelConfig) -> ModelConfig:
         _expect(self.llama, "model_type", "llama")
         _expect(self.clip, "model_type", "clip")
         try:
-            self.model = replace(_with_llama(base, self.llama), vision=_vision(self.clip))
-        except KeyError as missing:
-            raise CheckpointError(f"config.json of {llama} or of {clip} does not have the key {missing}") from None
-        expected = hf_shapes(self.model)
-        ours = {name: shape for name, shape in expected.items() if self._holder(name) is not None}
-        check_names(f"{llama} and {clip}", self._shapes(), ours)
+            model = replace(_with_llama(base, self.llama), vision=_vision(self.clip))
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            what = f"does not have the key {error}" if isinstance(error, KeyError) else f"has odd values: {error}"
+            raise CheckpointError(f"config.json of {self.llama.path} or of {self.clip.path} {what}") from None
+        from_hf(to_hf(model), f"{self.llama.path} and {self.clip.path}")  # refuses what does not go together
+        return model
 
-    def tensors(self, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the new model by Hugging Face name."""
-        for row in weight_table(self.model):
-            for name, tensor in zip(row.hf, self._row(row, seed), strict=True):
-                yield name, tensor.to(dtype)
-
-    def _row(self, row: Any, seed: int) -> list[Tensor]:
-        holders = [self._holder(name) for name in row.hf]
-        if holders[0] is None:
-            return drawn(row, seed)
-        return [folder.tensor(name) for folder, name in holders]  # type: ignore[misc]
+    def _check_tensors(self) -> None:
+        where = f"{self.llama.path} and {self.clip.path}"
+        held = {name: holder for name in self._shapes if (holder := self._holder(name)) is not None}
+        check_names(where, self._found(), {name: self._shapes[name] for name in held})
+        check_dtypes(where, {name: folder.dtype(key) for name, (folder, key) in held.items()})
 
     def _holder(self, name: str) -> tuple[HfFolder, str] | None:
         """Folder and key that hold one of our Hugging Face names; None: it is drawn."""
@@ -63,7 +98,7 @@ class Backbones:
             return self.llama, "model.embed_tokens.weight" if tied else name
         return None
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def _found(self) -> dict[str, tuple[int, ...]]:
         """What the folders hold, by our names. CLIP's text tower and projections are left out knowingly."""
         shapes = {name: self.llama.shape(name) for name in self.llama.names()}
         if self.llama.config.get("tie_word_embeddings", False) and "model.embed_tokens.weight" in shapes:
@@ -90,9 +125,6 @@ def _with_llama(base: ModelConfig, llama: HfFolder) -> ModelConfig:
             raise CheckpointError(f"{llama.path}/config.json: {key} is set; ATUM's decoder has no biases")
     if c.get("head_dim") not in (None, c["hidden_size"] // c["num_attention_heads"]):
         raise CheckpointError(f"{llama.path}/config.json: head_dim={c['head_dim']} is not hidden_size / heads")
-    rope = c.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default" or c.get("rope_scaling"):
-        raise CheckpointError(f"{llama.path}/config.json: scaled rotary embeddings are not supported")
     return replace(
         base,
         vocab_size=c["vocab_size"],
@@ -101,7 +133,7 @@ def _with_llama(base: ModelConfig, llama: HfFolder) -> ModelConfig:
         num_layers=c["num_hidden_layers"],
         num_heads=c["num_attention_heads"],
         norm_eps=c["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
+        rope_theta=rope_theta(c, f"{llama.path}/config.json"),
         max_position_embeddings=c["max_position_embeddings"],
     )
 

@@ -25,18 +25,27 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file atomically."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
+    aside.write_bytes(content)
     sync(aside)
     aside.replace(path)
     sync(path.parent)
 
 
+def aside_of(path: Path) -> Path:
+    """Where a folder is written before it is renamed into place."""
+    return path.with_name(path.name + ".tmp")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder written aside and renamed into place when the block ends well; removed when it does not."""
-    aside = path.with_name(path.name + ".tmp")
+    aside = aside_of(path)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -49,9 +58,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def commit_folder(aside: Path, path: Path) -> None:
     """Rename a fully written folder into place."""
-    for file in aside.iterdir():
-        sync(file)
-    sync(aside)
+    for place, _, files in os.walk(aside):
+        for file in files:
+            sync(Path(place, file))
+        sync(Path(place))
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

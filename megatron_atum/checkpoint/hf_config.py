@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from megatron_atum.config.schema import FreezeConfig, ModelConfig, PerceiverConfig, VisionConfig
@@ -73,18 +74,17 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
     for key, (only, default) in _FIXED.items():
         if hf.get(key, default) != only:
             raise CheckpointError(f"{where}: {key}={hf.get(key, default)!r} is not supported, only {only!r}")
+    if hf.get("quantization_config"):
+        raise CheckpointError(f"{where}: quantization_config: quantized weights are not supported; take the original")
     for key in ("vision_config", "perceiver_config"):
         if not isinstance(hf.get(key), dict):
             raise CheckpointError(f"{where}: {key!r} is missing; is this the config.json of an IDEFICS model?")
     if hf["vision_config"].get("attention_dropout", 0.0):
         raise CheckpointError(f"{where}: vision_config.attention_dropout is not supported, only 0.0")
-    rope = hf.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{where}: rope_parameters.rope_type={rope['rope_type']!r} is not supported")
     model = ModelConfig(
         preset="",
         **_values(where, hf, _TOP),
-        rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+        rope_theta=rope_theta(hf, where),
         vision=VisionConfig(**_values(f"{where}: vision_config", hf["vision_config"], _VISION)),
         perceiver=PerceiverConfig(**_values(f"{where}: perceiver_config", hf["perceiver_config"], _PERCEIVER)),
         freeze=FreezeConfig(**_values(where, hf, _FREEZE), **_values(where, hf, _EXCEPTIONS)),
@@ -95,12 +95,45 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
     ):
         if value not in choices:
             raise CheckpointError(f"{where}: {key}={value!r} is not supported, only {', '.join(choices)}")
-    if model.cross_layer_interval < 1 or model.num_layers % model.cross_layer_interval:
-        raise CheckpointError(
-            f"{where}: num_hidden_layers={model.num_layers} is not a multiple of "
-            f"cross_layer_interval={model.cross_layer_interval}"
-        )
+    _check_consistent(where, model)
     return model
+
+
+def rope_theta(hf: dict[str, Any], where: str) -> float:
+    """Of rotary embeddings, from one of the keys it had over the years. Raises CheckpointError for scaled ones."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{where}: rope_parameters={rope!r} is not an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise CheckpointError(f"{where}: rope_type={kind!r}: scaled rotary embeddings are not supported")
+    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    if type(theta) not in (int, float) or not 0 < theta < float("inf"):
+        raise CheckpointError(f"{where}: rope_theta={theta!r} is not a positive number")
+    return float(theta)
+
+
+def _check_consistent(where: str, model: ModelConfig) -> None:
+    """transformers accepts all of this, and fails later or computes something else."""
+    sections = ((model, _TOP), (model.vision, _VISION), (model.perceiver, _PERCEIVER))
+    for section, keys in sections:
+        for key, (ours, default) in keys.items():
+            value, may_be_zero = getattr(section, ours), key.endswith("_token_id") or key == "additional_vocab_size"
+            if type(default) in (int, float) and not (0 < value < float("inf") or (may_be_zero and value == 0)):
+                raise CheckpointError(f"{where}: {key}={value} is not possible; it must be positive")
+    words = model.vocab_size + model.additional_vocab_size
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(model, key) >= words:
+            raise CheckpointError(f"{where}: {key}={getattr(model, key)}, but the vocabulary has {words} entries")
+    if model.vision.patch_size > model.vision.image_size:
+        raise CheckpointError(f"{where}: vision_config: patch_size is larger than image_size")
+    for key, value, of, divisor in (
+        ("num_hidden_layers", model.num_layers, "cross_layer_interval", model.cross_layer_interval),
+        ("hidden_size", model.hidden_size, "2 x num_attention_heads", 2 * model.num_heads),  # rotary: an even width
+        ("vision_config: embed_dim", model.vision.embed_dim, "num_attention_heads", model.vision.num_heads),
+    ):
+        if value % divisor:
+            raise CheckpointError(f"{where}: {key}={value} is not a multiple of {of}={divisor}")
 
 
 def _values(where: str, hf: dict[str, Any], keys: _Keys) -> dict[str, Any]:
@@ -140,3 +173,24 @@ def to_hf(model: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
         "perceiver_config": hf_values(model.perceiver, _PERCEIVER)
         | {"model_type": "idefics_perciever", "use_resampler": True},
     }
+
+
+# What transformers wrote of itself, and what other keys say now.
+_STALE = ("torch_dtype", "_name_or_path", "transformers_version", "rope_theta", "rope_scaling")
+
+
+def config_json(model: ModelConfig, dtype: str, original: bytes = b"{}") -> dict[str, Any]:
+    """The content of config.json, with the further keys of the one that the model came with.
+
+    Raises:
+        CheckpointError: the original is not a JSON object.
+    """
+    try:
+        old = json.loads(original)
+        kept = {key: value for key, value in old.items() if key not in _STALE}
+    except (ValueError, AttributeError):
+        raise CheckpointError("the model came with a config.json that is not a JSON object") from None
+    for key, value in to_hf(model, dtype).items():
+        inner = kept.get(key)
+        kept[key] = inner | value if isinstance(inner, dict) and isinstance(value, dict) else value
+    return kept

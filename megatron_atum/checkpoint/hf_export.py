@@ -1,112 +1,139 @@
-"""Writing a model folder in Hugging Face format."""
+"""Writing a model folder in Hugging Face format, a piece of a tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
+from megatron_atum.checkpoint.assets import write_assets
+from megatron_atum.checkpoint.command import refuse_existing
 from megatron_atum.checkpoint.files import new_folder, write_json
-from megatron_atum.checkpoint.hf_config import to_hf
-from megatron_atum.checkpoint.run_state import RunState, model_file
-from megatron_atum.checkpoint.table import hf_shapes, weight_table
+from megatron_atum.checkpoint.hf_config import config_json
+from megatron_atum.checkpoint.hf_folder import check_names
+from megatron_atum.checkpoint.source import TensorSource
+from megatron_atum.checkpoint.table import hf_shapes
+from megatron_atum.checkpoint.tensor_file import Entry, FileRecord, TensorFileWriter, ahead, check_finite, row_slices
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+_PIECE_BYTES = 16 << 20
 
 
 def write_hf_folder(
     out: Path,
     model: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
+    source: TensorSource,
+    *,
+    dtype: torch.dtype | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    assets: Mapping[str, bytes] | None = None,
     write_more: Callable[[Path], None] = lambda folder: None,
+    progress: bool = False,
 ) -> None:
-    """Write config.json and safetensors shards, whole or not at all.
+    """Write config.json, safetensors shards and other files, whole or not at all.
 
     Args:
-        tensors: every tensor of the model by Hugging Face name, in any order.
+        dtype: of what is written; None: each tensor as it is.
+        assets: files to add as they are; where config.json is among them, its other keys are kept.
         write_more: adds further files to the folder before it is put in place.
 
     Raises:
-        CheckpointError: `out` exists, or the tensors are not exactly those of the model.
+        CheckpointError: `out` exists, there is no room, the tensors are not exactly those of the model, or their values
+            are not finite, or not in `dtype`.
     """
-    if out.exists():
-        raise CheckpointError(f"{out} exists already; choose another folder or remove it")
-    expected = hf_shapes(model)
+    refuse_existing(out)
+    check_names("the source", {name: source.shape(name) for name in source.names()}, hf_shapes(model))
+    tensors = [Entry(name, dtype or source.dtype(name), shape, 0) for name, shape in hf_shapes(model).items()]
+    total = sum(tensor.size for tensor in tensors)
     with new_folder(out) as folder:
-        writer = _ShardWriter(folder, shard_bytes)
-        for name, tensor in tensors:
-            if tuple(tensor.shape) != expected.pop(name, None):
-                raise CheckpointError(f"{name} {tuple(tensor.shape)} is not a tensor of this model")
-            writer.add(name, tensor)
-        if expected:
-            raise CheckpointError(f"tensors are missing: {', '.join(sorted(expected)[:5])}")
-        writer.finish()
-        dtype = str(writer.dtype).removeprefix("torch.")
-        write_json(folder / "config.json", to_hf(model, dtype))
-        ids = {key: getattr(model, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json(folder / "generation_config.json", ids)
+        _check_room(folder, total)
+        with tqdm(total=total, desc=f"writing {out.name}", unit="B", unit_scale=True, disable=not progress) as bar:
+            _write_weights(folder, source, _shards(tensors, shard_bytes), bar.update)
+        _write_rest(folder, model, tensors, dict(assets or {}))
         write_more(folder)
 
 
-class _ShardWriter:
-    """Collects tensors and writes a file whenever the next one would make it too large."""
-
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.held: dict[str, Tensor] = {}
-        self.held_bytes = self.total_bytes = 0
-        self.shards: list[list[str]] = []
-        self.dtype = torch.float32
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self.held and self.held_bytes + size > self.shard_bytes:
-            self._write()
-        # a copy where a tied head and its embedding share memory, which safetensors refuses
-        shared = any(tensor.data_ptr() == other.data_ptr() for other in self.held.values())
-        self.held[name] = tensor.clone() if shared else tensor.contiguous()
-        self.held_bytes += size
-        self.total_bytes += size
-        self.dtype = tensor.dtype
-
-    def _write(self) -> None:
-        self.shards.append(list(self.held))
-        save_file(self.held, self.folder / f"part-{len(self.shards)}", metadata={"format": "pt"})
-        self.held, self.held_bytes = {}, 0
-
-    def finish(self) -> None:
-        self._write()
-        count = len(self.shards)
-        if count == 1:
-            (self.folder / "part-1").rename(self.folder / "model.safetensors")
-            return
-        weight_map = {}
-        for number, names in enumerate(self.shards, start=1):
-            file = f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"part-{number}").rename(self.folder / file)
-            weight_map.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        write_json(self.folder / "model.safetensors.index.json", index)
+def _check_room(folder: Path, wanted: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise CheckpointError(f"{folder.parent} has {free / 1e9:.1f} GB free; {wanted / 1e9:.1f} GB are needed")
 
 
-def checkpoint_tensors(state: RunState) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint by Hugging Face name, put together from the files of all ranks."""
-    ranks = range(state.layout["tensor"])
-    stages: list[list[Any]] = [
-        [safe_open(state.folder / model_file(stage, rank), framework="pt") for rank in ranks]
-        for stage in range(state.layout["pipeline"])
-    ]
-    holders = {name: shards for shards in stages for name in list(shards[0].keys())}
-    for row in weight_table(state.model):
-        if row.name not in holders:
-            raise CheckpointError(f"{state.folder} does not hold {row.name}")
-        whole = row.rule.to_full([shard.get_tensor(row.name) for shard in holders[row.name]])
-        yield from zip(row.hf, whole, strict=True)
+def _shards(tensors: list[Entry], most_bytes: int) -> dict[str, list[Entry]]:
+    """Tensors by file name. A file is as large as the limit allows, and holds one tensor at least."""
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.size > most_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, start=1)}
+
+
+def _write_weights(
+    folder: Path, source: TensorSource, shards: dict[str, list[Entry]], count: Callable[[int], object]
+) -> None:
+    synced: list[Future[FileRecord]] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:  # a file goes to disk while the next is written
+        for name, tensors in shards.items():
+            writer = TensorFileWriter(folder / name, [(t.name, t.dtype, t.shape) for t in tensors], {"format": "pt"})
+            try:
+                for piece in ahead(_pieces(source, tensors)):
+                    writer.write(piece)
+                    count(piece.nbytes)
+            except BaseException:
+                writer.abandon()
+                raise
+            synced.append(pool.submit(writer.close))
+        for file in synced:
+            file.result()
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
+        size = sum(tensor.size for tensors in shards.values() for tensor in tensors)
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
+        )
+
+
+def _pieces(source: TensorSource, tensors: list[Entry]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        for rows in row_slices(tensor.shape, tensor.dtype.itemsize, _PIECE_BYTES):
+            yield converted(source.read(tensor.name, rows), tensor.dtype, tensor.name)
+
+
+def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """In another dtype. Raises CheckpointError where values are too large for it."""
+    if tensor.dtype == dtype:
+        return tensor
+    changed = tensor.to(dtype)
+    try:
+        check_finite(changed, lambda: name)
+    except CheckpointError:
+        what = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name} has values that are too large for {what}; choose another dtype") from None
+    return changed
+
+
+def _write_rest(folder: Path, model: ModelConfig, tensors: list[Entry], assets: dict[str, bytes]) -> None:
+    """All that tells a folder from an unfinished one: config.json and what lies beside it."""
+    original = assets.pop("config.json", b"{}")
+    ids = {key: getattr(model, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    assets.setdefault("generation_config.json", (json.dumps(ids, indent=2) + "\n").encode())
+    write_assets(folder, assets)
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    write_json(folder / "config.json", config_json(model, str(most).removeprefix("torch."), original))

@@ -4,32 +4,77 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_atum.checkpoint.hf_bin import BinFile
 from megatron_atum.checkpoint.hf_config import from_hf
-from megatron_atum.checkpoint.table import Weight, hf_shapes
+from megatron_atum.checkpoint.table import hf_shapes
+from megatron_atum.checkpoint.tensor_file import TensorFile, check_finite
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import CheckpointError
 
+# In the order in which transformers looks for them: one file, or an index of several.
+_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 # Left over in old files, and recomputed by every implementation.
 _DROPPED = (".rotary_emb.inv_freq", ".position_ids")
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class HfFolder:
-    """Tensors of a folder by name, read when asked for. Safetensors only."""
+    """Tensors of a folder by name, read when asked for: a TensorSource. Safetensors, or else `.bin` files.
+
+    `dropped`: names of old files that no implementation reads any more, which are left out.
+
+    Raises:
+        CheckpointError: not such a folder, or one with damaged, unsafe or missing files.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a folder")
         self.config = self._read_json("config.json")
-        self._files: dict[Path, Any] = {}
-        self._where = self._find_tensors()
+        self._files: dict[str, TensorFile] = {}
+        try:
+            where = self._find_tensors()
+        except BaseException:
+            self.close()
+            raise
+        self.dropped = sorted(name for name in where if name.endswith(_DROPPED))
+        self._where = {name: file for name, file in where.items() if not name.endswith(_DROPPED)}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._where[name].entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._where[name].entries[name].dtype
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some rows. Raises CheckpointError: it cannot be read, or holds NaN or infinite values."""
+        file = self._where[name]
+        tensor = file.read(name, rows)
+        check_finite(tensor, lambda: f"{file.path}: {name}")
+        return tensor
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
@@ -42,64 +87,37 @@ class HfFolder:
             raise CheckpointError(f"{self.path / name} is not a JSON object")
         return content
 
-    def _find_tensors(self) -> dict[str, Path]:
-        if (self.path / "model.safetensors").exists():  # transformers, too, takes it where both are there
-            file = self.path / "model.safetensors"
-            files = dict.fromkeys(self._open(file).keys(), file)
-        elif (self.path / "model.safetensors.index.json").exists():
-            index = self._read_json("model.safetensors.index.json").get("weight_map")
-            if not isinstance(index, dict):
-                raise CheckpointError(f"{self.path}/model.safetensors.index.json has no weight_map")
-            files = {name: self._inside(file) for name, file in index.items()}
-        else:
-            raise CheckpointError(
-                f"{self.path} has no model.safetensors and no index of one; "
-                "save it with transformers' save_pretrained, which writes safetensors"
-            )
-        return {name: file for name, file in files.items() if not name.endswith(_DROPPED)}
+    def _find_tensors(self) -> dict[str, TensorFile]:
+        for single, index in _WEIGHTS:
+            if (self.path / single).exists():
+                file = self._open(single)
+                return dict.fromkeys(file.entries, file)
+            if (self.path / index).exists():
+                return self._indexed(index)
+        wanted = ", ".join(name for pair in _WEIGHTS for name in pair)
+        raise CheckpointError(f"{self.path} has no weights: none of {wanted}")
 
-    def _inside(self, name: Any) -> Path:
+    def _indexed(self, index: str) -> dict[str, TensorFile]:
+        named = self._read_json(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise CheckpointError(f"{self.path / index} has no weight_map")
+        where = {name: self._open(file) for name, file in named.items()}
+        for name, file in where.items():
+            if name not in file.entries:
+                raise CheckpointError(f"{file.path} does not hold {name}, as {index} says")
+        for file in self._files.values():  # transformers would load them
+            for name in file.entries:
+                if where.get(name) is not file and not name.endswith(_DROPPED):
+                    raise CheckpointError(f"{file.path} holds {name}, which {index} does not say; mend the index")
+        return where
+
+    def _open(self, name: Any) -> TensorFile:
         if not isinstance(name, str) or Path(name).name != name or not (self.path / name).is_file():
             raise CheckpointError(f"{self.path}: the index names {name!r}, which is not a file of this folder")
-        return self.path / name
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._files:
-            try:
-                self._files[file] = safe_open(file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"cannot read {file}: {error}") from None
-        return self._files[file]
-
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def _slice(self, name: str) -> Any:
-        try:
-            return self._open(self._where[name]).get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self._where[name]} does not hold {name}: {error}") from None
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor. Raises CheckpointError if it is not of a floating dtype, or not finite."""
-        self._slice(name)
-        tensor: Tensor = self._open(self._where[name]).get_tensor(name)
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{self._where[name]}: {name} has dtype {tensor.dtype}, not a floating one")
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{self._where[name]}: {name} holds NaN or infinite values")
-        return tensor
-
-    def __enter__(self) -> HfFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.clear()
+        if name not in self._files:
+            kind = BinFile if name.endswith(".bin") else TensorFile
+            self._files[name] = kind(self.path / name)
+        return self._files[name]
 
 
 class IdeficsFolder(HfFolder):
@@ -107,12 +125,13 @@ class IdeficsFolder(HfFolder):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        self.model: ModelConfig = from_hf(self.config, str(self.path / "config.json"))
-        check_names(str(self.path), {name: self.shape(name) for name in self.names()}, hf_shapes(self.model))
-
-    def read(self, row: Weight) -> list[Tensor]:
-        """The Hugging Face tensors of a row of the weight table."""
-        return [self.tensor(name) for name in row.hf]
+        try:
+            self.model: ModelConfig = from_hf(self.config, str(self.path / "config.json"))
+            check_names(str(self.path), {name: self.shape(name) for name in self.names()}, hf_shapes(self.model))
+            check_dtypes(str(self.path), {name: self.dtype(name) for name in self.names()})
+        except BaseException:
+            self.close()
+            raise
 
 
 def check_names(where: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
@@ -124,6 +143,20 @@ def check_names(where: str, found: dict[str, tuple[int, ...]], expected: dict[st
         for name in sorted(expected.keys() & found.keys())
         if found[name] != expected[name]
     ]
+    _refuse(where, problems)
+
+
+def check_dtypes(where: str, dtypes: dict[str, torch.dtype]) -> None:
+    """Raises CheckpointError listing what is not of a dtype that weights have."""
+    problems = [
+        f"dtype of {name} is {dtype}, not bfloat16, float16 or float32"
+        for name, dtype in sorted(dtypes.items())
+        if dtype not in _FLOATING
+    ]
+    _refuse(where, problems)
+
+
+def _refuse(where: str, problems: list[str]) -> None:
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_atum.checkpoint.rules import Fused, HeadsInterleaved, Replicated, Rule, Split, Vocabulary
 from megatron_atum.config.schema import ModelConfig
 
+_OWN = ("cross_attention_layers.", "perceiver.", "embedding.added.", "head.added.")
 BACKBONE_STD = 0.02  # of a backbone that is not loaded (HF: initializer_range)
 
 
@@ -33,6 +34,11 @@ class Weight:
     shapes: tuple[tuple[int, ...], ...]
     rule: Rule
     init: Init
+
+    @property
+    def backbone(self) -> bool:
+        """Whether it comes with the LLaMA or the CLIP; the rest is ATUM's own and always trains."""
+        return not self.name.startswith(_OWN)
 
 
 ONE, ZERO = Init(constant=1.0), Init()
@@ -64,7 +70,7 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _embedding(m: ModelConfig) -> Iterator[Weight]:
     H, std = m.hidden_size, Init(math.sqrt(1 / m.hidden_size))
     hf = "model.embed_tokens"
-    yield _row("embedding.base.weight", f"{hf}.weight", (m.vocab_size, H), Vocabulary(m.vocab_size), std)
+    yield _row("embedding.base.weight", f"{hf}.weight", (m.vocab_size, H), Vocabulary(), std)
     if m.additional_vocab_size:
         shape = (m.additional_vocab_size, H)
         yield _row("embedding.added.weight", f"{hf}.additional_embedding.weight", shape, WHOLE, std)
@@ -73,7 +79,7 @@ def _embedding(m: ModelConfig) -> Iterator[Weight]:
 def _head(m: ModelConfig) -> Iterator[Weight]:
     H, std = m.hidden_size, Init(math.sqrt(1 / m.hidden_size))
     yield _row("final_norm.weight", "model.norm.weight", (H,), WHOLE, ONE)
-    yield _row("head.base.weight", "lm_head.weight", (m.vocab_size, H), Vocabulary(m.vocab_size), std)
+    yield _row("head.base.weight", "lm_head.weight", (m.vocab_size, H), Vocabulary(), std)
     if m.additional_vocab_size:
         yield _row("head.added.weight", "lm_head.additional_fc.weight", (m.additional_vocab_size, H), WHOLE, std)
 
@@ -113,10 +119,9 @@ def _gated(m: ModelConfig, unit: int) -> Iterator[Weight]:
     yield _row(f"{ours}.post_attention_norm.weight", f"{hf}.post_attention_layernorm.weight", (H,), WHOLE, ONE)
     yield from _swiglu(ours, hf, H, F, from_hidden, down)
     shape = (1,) if m.alpha_type == "float" else (1, 1, H)
-    alpha = Replicated(shape=shape[-1:], hf_shape=shape)
     gate = Init(constant=m.alpha_init)
-    yield _row(f"{ours}.alpha_attention", f"{hf}.alpha_cross_attn", shape, alpha, gate)
-    yield _row(f"{ours}.alpha_mlp", f"{hf}.alpha_dense", shape, alpha, gate)
+    yield _row(f"{ours}.alpha_attention", f"{hf}.alpha_cross_attn", shape, WHOLE, gate)
+    yield _row(f"{ours}.alpha_mlp", f"{hf}.alpha_dense", shape, WHOLE, gate)
 
 
 def _norm(ours: str, hf: str, width: int) -> Iterator[Weight]:

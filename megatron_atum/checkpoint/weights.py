@@ -1,14 +1,18 @@
-"""Fills the stages of this rank with weights: drawn from a seed, or taken from Hugging Face tensors."""
+"""Fills the stages of this rank with weights from any source, and gathers them for tests."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron_atum.checkpoint.draw import Drawn
+from megatron_atum.checkpoint.rules import Box
+from megatron_atum.checkpoint.source import TensorSource
+from megatron_atum.checkpoint.stored import StoredCheckpoint
 from megatron_atum.checkpoint.table import Weight, weight_table
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.parallel.groups import ProcessGroups
@@ -27,37 +31,70 @@ def rows_of(stages: Iterable[nn.Module], model: ModelConfig) -> list[tuple[Weigh
     return rows
 
 
-@torch.no_grad()
-def fill(
-    stages: Iterable[nn.Module], model: ModelConfig, groups: ProcessGroups, read: Callable[[Weight], list[Tensor]]
-) -> None:
-    """Set every weight of this rank from whole tensors.
+def boxes_of(
+    row: Weight, parameter: nn.Parameter, rank: int, size: int, start: int = 0, stop: int | None = None
+) -> Iterator[Box]:
+    """Where the values of a tensor rank's parameter lie in the Hugging Face tensors of its row.
 
     Args:
-        read: gives the Hugging Face tensors of a row.
+        rank, size: of the tensor group.
+        start, stop: only these values of the flattened parameter.
+    """
+    shape = row.shapes[0]
+    geometry = row.rule.geometry(shape, rank, size)
+    assert math.prod(geometry.dims) == parameter.numel(), (row.name, geometry.dims, parameter.shape)
+    return geometry.boxes(shape, start, parameter.numel() if stop is None else stop)
+
+
+@torch.no_grad()
+def fill(stages: Iterable[nn.Module], model: ModelConfig, groups: ProcessGroups, source: TensorSource) -> None:
+    """Set every weight of this rank; only the parts that it holds are read.
+
+    Raises:
+        CheckpointError: see TensorSource.
     """
     for row, parameter in rows_of(stages, model):
-        local = row.rule.to_local(read(row), groups.tensor_rank, groups.layout.tensor)
-        assert local.shape == parameter.shape, (row.name, local.shape, parameter.shape)
-        parameter.copy_(local)
+        boxes = list(boxes_of(row, parameter, groups.tensor_rank, groups.layout.tensor))
+        if sum(math.prod(box.sizes) for box in boxes) < parameter.numel():
+            parameter.zero_()  # padding rows of the vocabulary
+        for box in boxes:
+            view = box.view(parameter.view(-1))
+            view.copy_(read_box(source, row.hf[box.part], box.offsets, box.sizes).reshape(view.shape))
+
+
+def read_box(source: TensorSource, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """A box of a source's tensor."""
+    if isinstance(source, StoredCheckpoint):
+        return source.read_box(name, offsets, sizes)
+    if not sizes:
+        return source.read(name)
+    rows = source.read(name, slice(offsets[0], offsets[0] + sizes[0]))
+    columns = (slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True))
+    return rows[(slice(None), *columns)]
 
 
 def initialise(stages: Iterable[nn.Module], model: ModelConfig, groups: ProcessGroups, seed: int) -> None:
     """Draw every weight. A tensor depends on the seed and its name only, so all layouts start alike."""
-    fill(stages, model, groups, lambda row: drawn(row, seed))
+    fill(stages, model, groups, Drawn(model, seed))
 
 
-def drawn(row: Weight, seed: int) -> list[Tensor]:
-    """The Hugging Face tensors of a row as drawn from a seed, fp32."""
-    return [_draw(name, shape, row, seed) for name, shape in zip(row.hf, row.shapes, strict=True)]
+class InMemory:
+    """Whole tensors by Hugging Face name, as a TensorSource."""
 
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
 
-def _draw(name: str, shape: tuple[int, ...], row: Weight, seed: int) -> Tensor:
-    if row.init.std == 0.0:
-        return torch.full(shape, row.init.constant)
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.empty(shape).normal_(0.0, row.init.std, generator=generator)
+    def names(self) -> set[str]:
+        return set(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        return self.tensors[name] if rows is None else self.tensors[name][rows]
 
 
 def gather_rows(
@@ -79,7 +116,17 @@ def gather_rows(
         value = value.detach().float().cpu().contiguous()
         shards: list[Any] = [None] * groups.layout.tensor
         torch.distributed.all_gather_object(shards, value, group=groups.tensor)
-        mine.update(zip(row.hf, row.rule.to_full(shards), strict=True))
+        mine.update(_joined(row, parameter, shards))
     stages_of_all: list[Any] = [None] * groups.layout.pipeline
     torch.distributed.all_gather_object(stages_of_all, mine, group=groups.pipeline)
     return {name: tensor for part in stages_of_all for name, tensor in part.items()}
+
+
+def _joined(row: Weight, parameter: nn.Parameter, shards: list[Tensor]) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a row from what all tensor ranks hold."""
+    whole = [torch.full(shape, torch.nan) for shape in row.shapes]
+    for rank, shard in enumerate(shards):
+        for box in boxes_of(row, parameter, rank, len(shards)):
+            place = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
+            whole[box.part][place] = box.view(shard.view(-1)).reshape(box.sizes)
+    return dict(zip(row.hf, whole, strict=True))

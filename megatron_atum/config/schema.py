@@ -135,9 +135,12 @@ class TrainingConfig:
 @dataclass
 class CheckpointConfig:
     save_every: int = 250  # steps between checkpoints; 0 saves only at the end
-    load: str | None = "latest"  # latest (of this run) | a step folder | an IDEFICS folder in HF format | none
-    init: str | None = None  # IDEFICS folder in HF format to start from when there is no checkpoint to load
+    load: str | None = "latest"  # latest (of this run) | a checkpoint or an IDEFICS folder in HF format | none
+    init: str | None = None  # weights to start from when there is nothing to load: a checkpoint or an IDEFICS folder
     keep: int = 2  # newest checkpoints kept; 0 keeps all
+    keep_every: int = 0  # checkpoints whose step is a multiple of it are kept for ever; 0 keeps none of them
+    asynchronous: bool = True  # training waits for the copy into host memory only, and files are written beside it
+    verify: bool = True  # compare all files with their checksums before going on from a checkpoint
 
 
 @dataclass

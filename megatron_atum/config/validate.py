@@ -51,6 +51,7 @@ _NOT_NEGATIVE = (
     "training.z_loss",
     "checkpoint.save_every",
     "checkpoint.keep",
+    "checkpoint.keep_every",
 )
 _RANGES = {  # key: lowest, highest, what is said of them
     "data.p_next": (0.0, 1.0, "from 0 to 1"),

@@ -16,6 +16,11 @@ UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 FILE_NAME = "tokenizer.model"
 
 
+def tokenizer_file(path: str | Path) -> Path:
+    """The tokenizer.model that `data.tokenizer` names, itself or by its folder."""
+    return Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+
+
 class Tokenizer:
     """Text to token ids and back.
 
@@ -44,9 +49,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path, vocab_size: int) -> Tokenizer:
         """Reads a tokenizer.model, given as the file or as its folder. Raises DataError."""
-        file = Path(path)
-        if file.is_dir():
-            file = file / FILE_NAME
+        file = tokenizer_file(path)
         if not file.is_file():
             raise DataError(f"tokenizer {file} does not exist; set data.tokenizer to a {FILE_NAME} or its folder")
         return cls(file.read_bytes(), vocab_size, str(file))

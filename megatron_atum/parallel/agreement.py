@@ -48,3 +48,10 @@ def check_equal(what: dict[str, Any]) -> None:
                     f"rank 0 and rank {rank} start differently: {key} is {everyone[0][key]!r} there and {value!r} "
                     "here; all ranks must see the same files and get the same arguments"
                 )
+
+
+def all_true(mine: bool) -> bool:
+    """Whether it is true on every rank. Collective over all ranks."""
+    flag = torch.tensor(float(mine), device=device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)

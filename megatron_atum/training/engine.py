@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_atum.batch import Batch
-from megatron_atum.checkpoint.run_state import inner_optimizers
+from megatron_atum.checkpoint.optimizer_state import inner_optimizers
 from megatron_atum.config.schema import Config
 from megatron_atum.flops import Work, model_flops
 from megatron_atum.model.inputs import StageInput, prepare, stage_rows

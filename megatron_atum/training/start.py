@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import torch.distributed as dist
+
+from megatron_atum.checkpoint.assets import read_assets
+from megatron_atum.checkpoint.folder import damaged, newest_complete, silent
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder, check_same_model
-from megatron_atum.checkpoint.run_state import RunState, check_resumable, newest_complete, read_state
+from megatron_atum.checkpoint.run_checkpoint import check_resumable
+from megatron_atum.checkpoint.stored import RunState, StoredCheckpoint, find_checkpoint, read_state
 from megatron_atum.config.loader import to_yaml
 from megatron_atum.config.schema import Config
 from megatron_atum.data.loader import StepLoader
-from megatron_atum.errors import ConfigError
+from megatron_atum.data.tokenizer import FILE_NAME, tokenizer_file
+from megatron_atum.errors import CheckpointError, ConfigError
+from megatron_atum.parallel.agreement import check_equal, together
 from megatron_atum.parallel.layout import ParallelLayout
 
 
@@ -25,24 +33,43 @@ class Start:
     loader: StepLoader
     run_folder: Path
     resume: RunState | None  # go on from this checkpoint
-    backbones: IdeficsFolder | None  # or start from this folder; neither: weights are drawn from the seed
+    weights: IdeficsFolder | StoredCheckpoint | None  # or start from these; neither: drawn from the seed
 
     @property
     def checkpoints(self) -> Path:
         return self.run_folder / "checkpoints"
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint of this project's format that is read at the start."""
+        if self.resume is not None:
+            return self.resume.folder
+        return self.weights.folder if isinstance(self.weights, StoredCheckpoint) else None
+
     def identity(self) -> dict[str, Any]:
         """What must be the same on every rank."""
         return {
             "configuration": to_yaml(self.config),
-            "checkpoint to resume": str(self.resume.folder) if self.resume else None,
+            "checkpoint to start from": str(self.checkpoint),
             "step": self.resume.step if self.resume else 0,
             "data stream": self.loader.state_dict(),
         }
 
+    def assets(self) -> dict[str, bytes]:
+        """Small files that are kept with each checkpoint: those the weights came with, and the tokenizer in use."""
+        found: dict[str, bytes] = {}
+        if self.checkpoint is not None:
+            found = StoredCheckpoint(self.checkpoint).assets
+        elif isinstance(self.weights, IdeficsFolder):
+            found = read_assets(self.weights.path)
+        return found | {FILE_NAME: tokenizer_file(self.config.data.tokenizer).read_bytes()}
 
-def prepare_start(config: Config, world_size: int, rank: int) -> Start:
+
+def prepare_start(config: Config, world_size: int, rank: int, without: Collection[Path] = ()) -> Start:
     """Check configuration, data and checkpoints for one rank.
+
+    Args:
+        without: checkpoints of this run that do not count.
 
     Raises:
         ConfigError, DataError, CheckpointError: naming key or file, and the fix.
@@ -50,30 +77,75 @@ def prepare_start(config: Config, world_size: int, rank: int) -> Start:
     layout = ParallelLayout.from_config(config, world_size)
     run_folder = Path(config.logging.root) / config.logging.run
     says = rank == 0 and config.checkpoint.load == "latest"
-    newest = newest_complete(run_folder / "checkpoints", print if says else lambda line: None)
-    resume, backbones = _find_weights(config, newest)
+    newest = newest_complete(run_folder / "checkpoints", print if says else silent, without)
+    resume, weights = _find_weights(config, newest)
     _check_goes_on(config, newest, resume)
     if resume is not None:
-        check_resumable(resume, config, layout)
-    if backbones is not None:
-        check_same_model(str(backbones.path), backbones.model, config.model)
+        check_resumable(resume, config)
+    if weights is not None:
+        check_same_model(_place(weights), weights.model, config.model)
     loader = _build_loader(config, layout, rank)
     if resume is not None:
         loader.load_state_dict(resume.data)
-    return Start(config, layout, loader, run_folder, resume, backbones)
+    return Start(config, layout, loader, run_folder, resume, weights)
 
 
-def _find_weights(config: Config, newest: Path | None) -> tuple[RunState | None, IdeficsFolder | None]:
+def confirm_start(start: Start, rank: int) -> Start:
+    """Read the checkpoint to start from against its checksums, each rank a share of the files.
+
+    Collective over all ranks. With checkpoint.load=latest a damaged one is passed over for the one before it.
+
+    Raises:
+        ConfigError: ranks would start differently.
+        CheckpointError: the checkpoint is damaged and was asked for by name.
+    """
+    without: set[Path] = set()
+    world_size = start.layout.world_size
+    while True:
+        check_equal(start.identity())
+        folder = start.checkpoint
+        if folder is None or not start.config.checkpoint.verify:
+            return start
+        problems = _damage(folder, rank, world_size)
+        if not problems:
+            return start
+        what = f"{folder} is damaged: {'; '.join(problems[:5])}"
+        if start.resume is None or start.config.checkpoint.load != "latest":
+            raise CheckpointError(f"{what}. Use another checkpoint, or a whole copy of this one")
+        if rank == 0:
+            print(f"passing over {what}", flush=True)
+        without.add(folder)
+        start = together(lambda config=start.config: prepare_start(config, world_size, rank, without))
+
+
+def _damage(folder: Path, rank: int, world_size: int) -> list[str]:
+    mine = together(lambda: damaged(folder, rank, world_size))
+    everyone: list[list[str]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(everyone, mine)
+    return [problem for part in everyone for problem in part]
+
+
+def _find_weights(
+    config: Config, newest: Path | None
+) -> tuple[RunState | None, IdeficsFolder | StoredCheckpoint | None]:
     load, init = config.checkpoint.load, config.checkpoint.init
     if load == "latest":
         if newest is not None:
             return read_state(newest), None
     elif load not in (None, "none"):
-        folder = Path(load)
-        if (folder / "config.json").exists():
-            return None, IdeficsFolder(folder)
-        return read_state(folder), None
-    return None, IdeficsFolder(init) if init else None
+        if (Path(load) / "config.json").exists():
+            return None, IdeficsFolder(load)
+        state = read_state(find_checkpoint(Path(load)))
+        return (state, None) if state.is_training else (None, StoredCheckpoint(state.folder))
+    if not init:
+        return None, None
+    if (Path(init) / "config.json").exists() or not Path(init).is_dir():
+        return None, IdeficsFolder(init)
+    return None, StoredCheckpoint(find_checkpoint(Path(init)))
+
+
+def _place(weights: IdeficsFolder | StoredCheckpoint) -> str:
+    return str(weights.path if isinstance(weights, IdeficsFolder) else weights.folder)
 
 
 def _check_goes_on(config: Config, newest: Path | None, resume: RunState | None) -> None:

@@ -10,10 +10,11 @@ import torch
 from megatron_atum import __version__
 from megatron_atum.batch import Batch, StepData
 from megatron_atum.checkpoint.files import write_text
-from megatron_atum.checkpoint.run_state import RunCheckpoint
+from megatron_atum.checkpoint.run_checkpoint import RunCheckpoint, Saved
 from megatron_atum.checkpoint.weights import fill, initialise
 from megatron_atum.config.loader import to_yaml
-from megatron_atum.parallel.agreement import check_equal, together
+from megatron_atum.errors import CheckpointError
+from megatron_atum.parallel.agreement import together
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.training.engine import Engine, StepResult
 from megatron_atum.training.metrics import MetricsFile, Terminal
@@ -21,17 +22,16 @@ from megatron_atum.training.start import Start, lock_run_folder
 
 
 class Trainer:
-    """Trains from a checked start to `training.steps`. Its process groups must exist."""
+    """Trains from a confirmed start to `training.steps`. Its process groups must exist."""
 
     def __init__(self, start: Start, groups: ProcessGroups) -> None:
         self.start, self.config, self.groups = start, start.config, groups
-        check_equal(start.identity())
         self._lock = together(lambda: lock_run_folder(start.run_folder) if groups.rank == 0 else None)
         self.engine = Engine(self.config, groups)
-        self.checkpoint = RunCheckpoint(self.config, groups, self.engine)
         self.metrics = MetricsFile(start.run_folder / "metrics.jsonl", writes=groups.rank == 0)
         self.step = start.resume.step if start.resume else 0
         self.data_s = 0.0
+        self.save_error = ""  # of the newest save
         self._fill_weights()
 
     def fit(self) -> None:
@@ -44,6 +44,7 @@ class Trainer:
             result = self.engine.step(data.microbatches)
             self.step += 1
             self._log(result, data, time.perf_counter() - began)
+            self._tell(self.checkpoint.poll())
             every = self.config.checkpoint.save_every
             if every and self.step % every == 0:
                 self._save()
@@ -54,14 +55,19 @@ class Trainer:
 
     def _fill_weights(self) -> None:
         engine, start, model = self.engine, self.start, self.config.model
-        backbones, resume = start.backbones, start.resume
-        if backbones is not None:
-            together(lambda: fill(engine.stages, model, self.groups, backbones.read))
+        weights, resume = start.weights, start.resume
+        if weights is not None:
+            together(lambda: fill(engine.stages, model, self.groups, weights))
         elif resume is None:
             initialise(engine.stages, model, self.groups, self.config.training.seed)
         engine.build_optimizer()
+        assets = together(lambda: start.assets() if self.groups.rank == 0 else {})
+        self.checkpoint = RunCheckpoint(self.config, self.groups, engine, start.checkpoints, assets)
+        self.checkpoint.clean()
         if resume is not None:
-            together(lambda: self.checkpoint.load(resume))
+            self.checkpoint.load(resume)
+        if start.checkpoint is not None:
+            self.checkpoint.take_frozen(start.checkpoint)
 
     def _next_step(self) -> StepData:
         """The step's microbatches; if the data of any rank is at fault, all ranks raise."""
@@ -92,8 +98,8 @@ class Trainer:
         source = "drawn from the seed"
         if self.start.resume:
             source = f"step {self.step} of {self.start.resume.folder}"
-        elif self.start.backbones:
-            source = str(self.start.backbones.path)
+        elif self.start.weights:
+            source = str(self.start.checkpoint or getattr(self.start.weights, "path", ""))
         kernels = type(self.engine.inner_optimizer).__module__.split(".")[0]
         self.terminal.say(
             f"Megatron-ATUM {__version__}, torch {torch.__version__}, {self.engine.device.type}, {self.engine.dtype}\n"
@@ -125,13 +131,27 @@ class Trainer:
         self.terminal.step(values)
 
     def _save(self) -> None:
-        folder = self.checkpoint.save(self.start.checkpoints, self.step, self.start.loader.state_dict())
-        self.metrics.write(event="save", step=self.step)
-        self.terminal.say(f"saved {folder}")
+        self._tell(self.checkpoint.save(self.step, self.start.loader.state_dict()))
+
+    def _tell(self, saves: list[Saved]) -> None:
+        """A checkpoint that could not be written does not stop the run: the one before it is still there."""
+        for saved in saves:
+            self.save_error = saved.error
+            times = {"blocked_s": round(saved.blocked_s, 3), "total_s": round(saved.total_s, 3)}
+            if saved.error:
+                self.metrics.write(event="save_failed", step=saved.step, error=saved.error, **times)
+                self.terminal.say(f"{saved.error}\ntraining goes on; the checkpoint before it is as it was")
+            else:
+                self.metrics.write(event="save", step=saved.step, **times)
+                self.terminal.say(f"saved {saved.folder}")
 
     def _end(self) -> None:
+        """Raises CheckpointError if the last step could not be saved."""
+        self._tell(self.checkpoint.wait())
         self.start.loader.close()
         self.terminal.close()
+        if self.save_error:
+            raise CheckpointError(self.save_error)
 
 
 def _positions(microbatches: list[Batch]) -> int:

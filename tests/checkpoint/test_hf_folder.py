@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,29 +11,35 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from megatron_atum.checkpoint.hf_config import from_hf, to_hf
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder, check_same_model
-from megatron_atum.checkpoint.table import hf_shapes, weight_table
 from megatron_atum.config.loader import preset
-from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import CheckpointError
+from tests.checkpoint.folders import (
+    DTYPES,
+    MODEL,
+    NAME,
+    SHAPE,
+    Given,
+    all_of,
+    change_config,
+    change_header,
+    change_tensors,
+    read_all,
+    refused,
+    same,
+    same_bits,
+    weights,
+)
 from tests.model.cases import Case, hf_config
-
-MODEL = from_hf({"model_type": "idefics", **hf_config(Case("small", 0, layers=2))})
-
-
-def weights(model: ModelConfig = MODEL) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in hf_shapes(model).items()}
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("folders") / "whole"
-    write_hf_folder(folder, MODEL, weights().items())
+    write_hf_folder(folder, MODEL, Given(weights()))
     return folder
 
 
@@ -40,17 +47,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(original: Path, tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
     return Path(shutil.copytree(original, tmp_path / "model"))
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def change_tensors(folder: Path, changes: dict[str, Tensor | None]) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file) | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
 
 
 def write_index(folder: Path, parts: int = 3) -> dict[str, str]:
@@ -65,26 +61,6 @@ def write_index(folder: Path, parts: int = 3) -> dict[str, str]:
         where |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return where
-
-
-def read_all(folder: Path) -> dict[str, Tensor]:
-    with IdeficsFolder(folder) as opened:
-        return {
-            name: tensor
-            for row in weight_table(opened.model)
-            for name, tensor in zip(row.hf, opened.read(row), strict=True)
-        }
-
-
-def refused(folder: Path, *words: str) -> None:
-    with pytest.raises(CheckpointError) as error:
-        read_all(folder)
-    for word in (folder.name, *words):
-        assert word in str(error.value), str(error.value)
-
-
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_whole_folder_is_read(folder: Path) -> None:
@@ -114,10 +90,8 @@ def test_left_overs_of_old_files_are_passed_over(folder: Path) -> None:
     }
     change_tensors(folder, extra)
     assert same(read_all(folder), weights())
-
-
-NAME = "model.layers.1.mlp.up_proj.weight"
-SHAPE = hf_shapes(MODEL)[NAME]
+    with IdeficsFolder(folder) as opened:
+        assert opened.dropped == sorted(extra)
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -153,6 +127,17 @@ def test_broken_config(text: str, folder: Path) -> None:
         ({"vision_config": {"image_size": [8, 8]}}, "image_size"),
         ({"hidden_size": "32"}, "hidden_size"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ({"rope_parameters": 3}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": "10000"}}, "rope_theta"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_attention_heads": 3}, "hidden_size=32 is not a multiple of 2 x num_attention_heads=6"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"vision_config": {"embed_dim": 18, "num_attention_heads": 4}}, "embed_dim=18 is not a multiple"),
+        ({"vision_config": {"image_size": 4, "patch_size": 8}}, "patch_size is larger"),
+        ({"perceiver_config": {"resampler_depth": -1}}, "resampler_depth=-1"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0"),
+        ({"eos_token_id": 99}, "eos_token_id=99, but the vocabulary has 99"),
         ({"cross_layer_interval": 3}, "cross_layer_interval"),
         ({"cross_layer_interval": 0}, "cross_layer_interval"),
     ],
@@ -194,9 +179,20 @@ def test_values_that_are_not_finite(value: float, folder: Path) -> None:
     refused(folder, NAME, "NaN or infinite")
 
 
-def test_integers(folder: Path) -> None:
-    change_tensors(folder, {NAME: torch.ones(SHAPE, dtype=torch.int32)})
-    refused(folder, NAME, "torch.int32")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float64])
+def test_other_dtypes(dtype: torch.dtype, folder: Path) -> None:
+    """Known from the header: the values are not read for it."""
+    change_tensors(folder, {NAME: torch.ones(SHAPE, dtype=dtype)})
+    refused(folder, f"dtype of {NAME} is {dtype}")
+    with pytest.raises(CheckpointError, match="dtype of"):
+        IdeficsFolder(folder)
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES[2:], DTYPES], ids=str)
+def test_floating_dtypes(dtypes: tuple[torch.dtype, ...], folder: Path) -> None:
+    tensors = weights(MODEL, *dtypes)
+    save_file(tensors, folder / "model.safetensors")
+    assert same(read_all(folder), tensors)
 
 
 def test_other_numbers_of_layers_or_words(folder: Path) -> None:
@@ -233,21 +229,71 @@ def test_an_index_that_names_the_wrong_file(folder: Path) -> None:
     refused(folder, other, f"does not hold {NAME}")
 
 
+def test_a_file_that_holds_more_than_the_index_says(folder: Path) -> None:
+    """transformers would load it."""
+    where = write_index(folder)
+    file = folder / where[NAME]
+    save_file(load_file(file) | {"lm_head.bias": torch.ones(3)}, file)
+    refused(folder, where[NAME], "holds lm_head.bias", "index.json does not say")
+
+
 def test_no_tensors(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "no model.safetensors")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "no weights", "model.safetensors", "pytorch_model.bin.index.json")
+
+
+def test_some_rows(folder: Path) -> None:
+    whole = weights()
+    with IdeficsFolder(folder) as opened:
+        assert opened.shape(NAME) == SHAPE and opened.dtype(NAME) == torch.float32
+        for rows in (slice(0, 3), slice(5, 6), slice(40, 99), slice(7, 7)):
+            assert same_bits(opened.read(NAME, rows), whole[NAME][rows])
+
+
+def test_only_the_rows_that_are_read_are_judged(folder: Path) -> None:
+    tensor = torch.ones(SHAPE)
+    tensor[1, 2] = float("nan")
+    change_tensors(folder, {NAME: tensor})
+    with IdeficsFolder(folder) as opened:
+        assert same_bits(opened.read(NAME, slice(2, 9)), tensor[2:9])
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1, -4000])
 def test_a_file_that_was_cut(size: int, folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    refused(folder, "cannot read", "model.safetensors")
+    refused(folder, "model.safetensors")
+
+
+def test_a_file_that_was_cut_after_it_was_opened(folder: Path) -> None:
+    with IdeficsFolder(folder) as opened:
+        os.truncate(folder / "model.safetensors", 3000)
+        with pytest.raises(CheckpointError, match="cut short"):
+            all_of(opened)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"data_offsets": [0, 1 << 40]}, "does not lie inside"),
+        ({"data_offsets": [-4, 0], "shape": [1]}, "-4"),
+        ({"data_offsets": [0, 8]}, "does not lie inside"),
+        ({"shape": [1 << 40, 1 << 40]}, "does not lie inside"),
+        ({"data_offsets": [0, 4 * SHAPE[0] * SHAPE[1]]}, "lies over another tensor"),
+        ({"dtype": "F8_E4M3"}, "F8_E4M3"),
+        ({"dtype": None}, "None"),
+        ({"data_offsets": None}, "damaged header"),
+    ],
+    ids=str,
+)
+def test_a_header_that_lies(changes: dict[str, Any], word: str, folder: Path) -> None:
+    change_header(folder / "model.safetensors", NAME, **changes)
+    refused(folder, "model.safetensors", word)
 
 
 def test_a_file_of_something_else(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"<html>" * 1000)
-    refused(folder, "cannot read", "model.safetensors")
+    refused(folder, "model.safetensors", "not a safetensors file")
 
 
 def test_another_model_is_told_by_its_keys() -> None:
@@ -378,41 +424,3 @@ def test_older_ways_to_write_rope_theta() -> None:
     del hf["rope_parameters"]
     assert from_hf(hf).rope_theta == 10000.0
     assert from_hf(hf | {"rope_theta": 1000}).rope_theta == 1000.0
-
-
-# Writing -------------------------------------------------------------------------------------------------------------
-
-
-def test_several_shards(tmp_path: Path) -> None:
-    tensors = weights()
-    write_hf_folder(tmp_path / "out", MODEL, tensors.items(), shard_bytes=20_000)
-    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
-    assert len(files) > 3
-    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in tensors.values())
-    assert set(index["weight_map"].values()) == set(files)
-    assert same(read_all(tmp_path / "out"), tensors)
-
-
-def test_what_cannot_be_written_leaves_no_folder(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    short, odd = weights(), weights()
-    short.pop(NAME)
-    odd[NAME] = torch.ones(3)
-
-    def breaks() -> Any:
-        yield NAME, torch.ones(SHAPE)
-        raise RuntimeError
-
-    for tensors, kind in ((short.items(), CheckpointError), (odd.items(), CheckpointError), (breaks(), RuntimeError)):
-        with pytest.raises(kind):
-            write_hf_folder(out, MODEL, tensors)
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_an_existing_folder_is_not_written_into(folder: Path) -> None:
-    before = sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir())
-    with pytest.raises(CheckpointError, match="exists already"):
-        write_hf_folder(folder, MODEL, weights().items())
-    assert sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir()) == before

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_atum.checkpoint.draw import Drawn
 from megatron_atum.checkpoint.hf_config import from_hf, to_hf
 from megatron_atum.checkpoint.table import hf_shapes, weight_table
-from megatron_atum.checkpoint.weights import drawn, gather_rows, initialise, named_weights, rows_of
+from megatron_atum.checkpoint.weights import gather_rows, initialise, named_weights, rows_of
 from megatron_atum.config.loader import preset
 from megatron_atum.config.schema import ModelConfig, PerceiverConfig, VisionConfig
 from megatron_atum.model.stage import build_stages
@@ -92,7 +93,8 @@ def test_stages_hold_the_rows_and_start_alike(world_size: int) -> None:
             assert not set(held[0]) & set(held[1])
         if degrees.tensor == 2:
             assert held[0] == held[1]
-        expected = {name: digest(t) for row in rows for name, t in zip(row.hf, drawn(row, SEED), strict=True)}
+        source = Drawn(model, SEED)
+        expected = {name: digest(source.read(name)) for name in source.names()}
         for rank in range(world_size):
             assert by_rank[rank][number][1] == expected, (degrees, case.name, rank)
 
@@ -137,7 +139,8 @@ STANDARD_DEVIATIONS = {
 
 @pytest.fixture(scope="module")
 def started() -> dict[str, Tensor]:
-    return {hf: tensor for row in weight_table(LARGE) for hf, tensor in zip(row.hf, drawn(row, SEED), strict=True)}
+    source = Drawn(LARGE, SEED)
+    return {name: source.read(name) for name in source.names()}
 
 
 @pytest.mark.parametrize("name", STANDARD_DEVIATIONS)
@@ -164,6 +167,6 @@ def test_norms_and_gates(started: dict[str, Tensor]) -> None:
 def test_draws_differ_by_name_and_seed(started: dict[str, Tensor]) -> None:
     key, value = started[f"{XATTN}.cross_attn.k_proj.weight"], started[f"{XATTN}.cross_attn.v_proj.weight"]
     assert not torch.equal(key, value)
-    row = next(row for row in weight_table(LARGE) if row.name == "perceiver.latents")
-    assert torch.equal(drawn(row, SEED)[0], started[f"{PERCEIVER}.latents"])
-    assert not torch.equal(drawn(row, SEED + 1)[0], started[f"{PERCEIVER}.latents"])
+    again, other = (Drawn(LARGE, seed).read(f"{PERCEIVER}.latents") for seed in (SEED, SEED + 1))
+    assert torch.equal(again, started[f"{PERCEIVER}.latents"])
+    assert not torch.equal(other, started[f"{PERCEIVER}.latents"])

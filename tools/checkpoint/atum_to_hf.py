@@ -1,67 +1,79 @@
-"""Export a checkpoint to Hugging Face format, for IdeficsForVisionText2Text.from_pretrained.
+"""Export a checkpoint to Hugging Face format, for IdeficsForVisionText2Text and AutoProcessor.
 
     python tools/checkpoint/atum_to_hf.py --checkpoint runs/tiny --out exported
-    python tools/checkpoint/atum_to_hf.py --checkpoint runs/tiny/checkpoints/step-00000100 --out exported
+    python tools/checkpoint/atum_to_hf.py --checkpoint runs/tiny --step 100 --out exported --max-shard-size 2GB
+    python tools/checkpoint/atum_to_hf.py --checkpoint runs/tiny/checkpoints/step-00000100 --out exported --dtype bf16
 
-Given a run folder it takes the newest complete checkpoint. With the run's tokenizer at hand the processor files are
-written too.
+Given a run folder it takes the newest complete checkpoint. Weights pass piece by piece, so memory does not grow with
+the model. Tokenizer and processor files are those the model came with; where it came without, they are made from the
+tokenizer.model it was trained with, or the one that is given.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from megatron_atum.checkpoint.hf_export import DEFAULT_SHARD_BYTES, checkpoint_tensors, write_hf_folder
-from megatron_atum.checkpoint.processor import write_processor
-from megatron_atum.checkpoint.run_state import newest_complete, read_state, step_folder
-from megatron_atum.errors import AtumError, CheckpointError
+from megatron_atum.checkpoint.command import parse_dtype, parse_size, refuse_existing, run_command
+from megatron_atum.checkpoint.hf_export import write_hf_folder
+from megatron_atum.config.schema import ModelConfig
+from megatron_atum.data.tokenizer import FILE_NAME
+from megatron_atum.errors import CheckpointError
 
 
-def find_checkpoint(path: Path, step: int | None) -> Path:
-    """A step folder, from a step folder or a run folder."""
-    if not (path / "checkpoints").is_dir():
-        return path
-    found = newest_complete(path / "checkpoints", print) if step is None else step_folder(path / "checkpoints", step)
-    if found is None:
-        raise CheckpointError(f"{path}/checkpoints holds no complete checkpoint")
-    return found
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, checkpoint folder or imported one")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
+    parser.add_argument("--step", type=int, help="step to export from a run folder (default: the newest)")
+    parser.add_argument("--max-shard-size", type=parse_size, default="5GB", help="of a file (default: %(default)s)")
+    parser.add_argument("--dtype", type=parse_dtype, help="bf16, fp16 or fp32 (default: each tensor as it is)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model (default: that of the model)")
+    return parser.parse_args()
 
 
-def find_tokenizer(given: Path | None, recorded: str | None) -> Path | None:
-    for path in (given, Path(recorded) if recorded else None):
-        if path is not None:
-            file = path / "tokenizer.model" if path.is_dir() else path
-            if file.exists():
-                return file
-            if given is not None:
-                raise CheckpointError(f"{file} does not exist")
-    return None
+def find_tokenizer(given: Path | None, assets: dict[str, bytes], recorded: str | None) -> Path | bytes | None:
+    """The file that is given, what came with the weights, or the file that the run was trained with."""
+    if given is None and FILE_NAME in assets:
+        return assets[FILE_NAME]
+    path = given or (Path(recorded) if recorded else None)
+    file = path / FILE_NAME if path is not None and path.is_dir() else path
+    if given is not None and file is not None and not file.is_file():
+        raise CheckpointError(f"--tokenizer: {file} does not exist")
+    return file if file is not None and file.is_file() else None
+
+
+def add_processor(folder: Path, tokenizer: Path | bytes | None, given: bool, model: ModelConfig) -> None:
+    """Processor files, unless the model came with them and no other tokenizer is given."""
+    from megatron_atum.checkpoint.processor import has_processor, write_processor
+
+    if has_processor(folder) and not given:
+        return
+    if tokenizer is None:
+        print("no tokenizer found: processor files are not written (give --tokenizer)")
+    else:
+        write_processor(folder, tokenizer, model)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or step folder")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
-    parser.add_argument("--step", type=int, help="step to export from a run folder (default: the newest)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model (default: the one the run was trained with)")
-    parser.add_argument("--max-shard-gb", type=float, default=DEFAULT_SHARD_BYTES / 1e9, help="default: %(default)s")
-    options = parser.parse_args()
-    state = read_state(find_checkpoint(options.checkpoint, options.step))
-    tokenizer = find_tokenizer(options.tokenizer, state.config["data"]["tokenizer"])
-    shard_bytes = int(options.max_shard_gb * 1e9)
+    options = parse_arguments()
+    from megatron_atum.checkpoint.stored import open_checkpoint
 
-    def write_more(folder: Path) -> None:
-        if tokenizer is None:
-            print("no tokenizer found: processor files are not written (give --tokenizer)")
-        else:
-            write_processor(folder, tokenizer, state.model)
-
-    write_hf_folder(options.out, state.model, checkpoint_tensors(state), shard_bytes, write_more)
-    print(f"wrote {options.out} from {state.folder}")
+    refuse_existing(options.out)
+    checkpoint = open_checkpoint(options.checkpoint, options.step)
+    state = checkpoint.state
+    recorded = state.config.get("data", {}).get("tokenizer")
+    tokenizer = find_tokenizer(options.tokenizer, checkpoint.assets, recorded)
+    write_hf_folder(
+        options.out,
+        state.model,
+        checkpoint,
+        dtype=options.dtype,
+        shard_bytes=options.max_shard_size,
+        assets=checkpoint.assets,
+        write_more=lambda folder: add_processor(folder, tokenizer, options.tokenizer is not None, state.model),
+        progress=True,
+    )
+    print(f"wrote {options.out} from {checkpoint.folder}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except AtumError as error:
-        sys.exit(f"atum_to_hf: {error}")
+    run_command("atum_to_hf", main)
