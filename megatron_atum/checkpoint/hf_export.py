@@ -19,12 +19,19 @@ from megatron_atum.checkpoint.hf_config import config_json
 from megatron_atum.checkpoint.hf_folder import check_names
 from megatron_atum.checkpoint.source import TensorSource
 from megatron_atum.checkpoint.table import hf_shapes
-from megatron_atum.checkpoint.tensor_file import Entry, FileRecord, TensorFileWriter, ahead, check_finite, row_slices
+from megatron_atum.checkpoint.tensor_file import (
+    PIECE_BYTES,
+    Entry,
+    FileRecord,
+    TensorFileWriter,
+    ahead,
+    check_finite,
+    row_slices,
+)
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_PIECE_BYTES = 16 << 20
 
 
 def write_hf_folder(
@@ -109,15 +116,15 @@ def _write_weights(
 
 def _pieces(source: TensorSource, tensors: list[Entry]) -> Iterator[Tensor]:
     for tensor in tensors:
-        for rows in row_slices(tensor.shape, tensor.dtype.itemsize, _PIECE_BYTES):
+        for rows in row_slices(tensor.shape, tensor.dtype.itemsize, PIECE_BYTES):
             yield converted(source.read(tensor.name, rows), tensor.dtype, tensor.name)
 
 
 def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """In another dtype. Raises CheckpointError where values are too large for it."""
+    """A contiguous tensor in another dtype. Raises CheckpointError where values are too large for it."""
     if tensor.dtype == dtype:
-        return tensor
-    changed = tensor.to(dtype)
+        return tensor.contiguous()
+    changed = tensor.to(dtype).contiguous()
     try:
         check_finite(changed, lambda: name)
     except CheckpointError:

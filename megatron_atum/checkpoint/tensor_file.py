@@ -36,7 +36,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PIECE_BYTES = 64 << 20  # read, checked and written at a time where a tensor is only passed on
+PIECE_BYTES = 4 << 20  # read, checked and written at a time: it fits into a cache, and malloc hands it out again
 _MAX_HEADER = 100_000_000  # the limit of the safetensors package
 _MAX_READ = 1 << 30  # Linux reads at most 2 GiB in one call
 

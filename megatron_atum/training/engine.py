@@ -52,10 +52,11 @@ class Engine:
         self.sources = tuple(source.name for source in config.data.sources)
         self.stages = [stage.to(self.device) for stage in build_stages(config.model, groups, self.dtype)]
 
-    def build_optimizer(self) -> None:
+    def build_optimizer(self, overrides: dict[Any, Any] | None = None) -> None:
+        """overrides: further groups of parameters with settings of their own (`build_optimizer` of optimizer.py)."""
         self.chunks = wrap_data_parallel(self.stages, self.config.optimizer)
         connect_schedule(self.chunks, self.stages, self.groups, before_reduction=self._check_reach)
-        self.optimizer = build_optimizer(self.chunks, self.stages, self.config, self.dtype)
+        self.optimizer = build_optimizer(self.chunks, self.stages, self.config, self.dtype, overrides)
         self.scheduler = build_scheduler(self.optimizer, self.config.optimizer)
         self._reach: ReachCheck | None = ReachCheck(self.stages)
 

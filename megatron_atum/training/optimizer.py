@@ -66,9 +66,17 @@ def mark_weight_decay(stages: Iterable[nn.Module], model: ModelConfig) -> None:
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel], stages: list[AtumStage], config: Config, dtype: torch.dtype
+    chunks: list[DistributedDataParallel],
+    stages: list[AtumStage],
+    config: Config,
+    dtype: torch.dtype,
+    overrides: dict[ParamKey, dict[str, Any]] | None = None,
 ) -> MegatronOptimizer:
-    """AdamW over the trainable parameters, sharded over data-parallel ranks if optimizer.distributed."""
+    """AdamW over the trainable parameters, sharded over data-parallel ranks if optimizer.distributed.
+
+    Args:
+        overrides: settings of further groups of parameters, as megatron-core takes them.
+    """
     o = config.optimizer
     mark_weight_decay(stages, config.model)
     mcore = McoreOptimizerConfig(
@@ -88,7 +96,10 @@ def build_optimizer(
     no_decay = ParamPredicate(name="no_weight_decay", fn=lambda parameter: parameter.no_weight_decay)
     with emulated_cuda():
         optimizer = get_megatron_optimizer(
-            mcore, chunks, {ParamKey(predicate=no_decay): {"wd_mult": 0.0}}, use_gloo_process_groups=False
+            mcore,
+            chunks,
+            {ParamKey(predicate=no_decay): {"wd_mult": 0.0}, **(overrides or {})},
+            use_gloo_process_groups=False,
         )
     for stage in stages:
         stage.config.grad_scale_func = optimizer.scale_loss

@@ -34,7 +34,7 @@ SMALL_PIECES = 1000  # bytes, so that small tensors are cut
 def test_reading_and_writing_keep_every_bit(
     dtypes: tuple[torch.dtype, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_export, "_PIECE_BYTES", SMALL_PIECES)
+    monkeypatch.setattr(hf_export, "PIECE_BYTES", SMALL_PIECES)
     tensors = weights(MODEL, *dtypes)
     tensors[NAME].view(torch.int16).flatten()[:2] = torch.tensor([-(2**15), 1])  # minus zero and the smallest number
     write_hf_folder(tmp_path / "first", MODEL, Given(tensors), shard_bytes=20_000)
@@ -154,7 +154,7 @@ def test_files_that_came_with_the_model(tmp_path: Path) -> None:
 
 # Large folders -------------------------------------------------------------------------------------------------------
 
-# 600 MB in fp32, two tensors of 128 MiB, on a model that is narrow otherwise
+# in fp32 almost 2 GB, in tensors of 128 MiB, on a model that is narrow otherwise
 LARGE = replace(MODEL, vocab_size=1 << 20, hidden_size=32, intermediate_size=1 << 20, num_layers=2)
 
 CONVERT = """
