@@ -186,9 +186,9 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def run(folder: Path, options: argparse.Namespace) -> None:
+    check_room(folder, int(options.gib * GIB))
     model = make_model(int(options.gib * GIB))
     size, largest = size_of(model), max(2 * torch.Size(shape).numel() for shape in hf_shapes(model).values())
-    check_room(folder, size)
     write_hf_folder(folder / "source", model, RandomWeights(model), shard_bytes=min(5 * 10**9, size // 3))
     files = len(weight_files(folder / "source"))
     print(f"{size / GIB:.2f} GiB in {files} files, largest tensor {largest / GIB:.3f} GiB, in {folder}")

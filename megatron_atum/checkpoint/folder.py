@@ -168,39 +168,47 @@ def newest_complete(checkpoints: Path, report: Report = silent, without: Collect
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Remove what a crash left half written."""
-    for path in checkpoints.glob("*.tmp") if checkpoints.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what a crash left half written, or half removed."""
+    remove(checkpoints.glob("*.tmp") if checkpoints.is_dir() else ())
 
 
-def remove_old(checkpoints: Path, newest: Path, keep: int, keep_every: int) -> None:
-    """Remove old complete checkpoints, and frozen weights that no step names any more.
+def remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def retire_old(checkpoints: Path, newest: Path, keep: int, keep_every: int) -> list[Path]:
+    """Take old complete checkpoints, and frozen weights that no step names any more, out of the way.
 
     Args:
         newest: the checkpoint that was just completed; later ones, left by a run that was rolled back, stay.
         keep: how many complete ones to keep, `newest` included; 0 keeps all.
         keep_every: those whose step is a multiple of it stay for ever; 0 keeps none beside the newest.
+
+    Returns:
+        Folders that do not count any more, to be removed; freeing large files takes its time.
     """
     older = [folder for folder in step_folders(checkpoints) if folder.name <= newest.name and not missing(folder)]
+    retired = []
     for folder in older[keep:] if keep else []:
         step = int(folder.name.removeprefix("step-"))
         if not (keep_every and step % keep_every == 0):
-            _remove(folder)
-    _remove_unused_frozen(checkpoints)
+            retired.append(_retire(folder))
+    return retired + [_retire(folder) for folder in _unused_frozen(checkpoints)]
 
 
-def _remove(folder: Path) -> None:
-    (folder / COMPLETE).unlink(missing_ok=True)  # first, so that a crash midway leaves nothing that counts
-    shutil.rmtree(folder)
+def _retire(folder: Path) -> Path:
+    (folder / COMPLETE).unlink(missing_ok=True)  # first: where a renaming is a copy, it must not count midway
+    retired = folder.with_name(folder.name + ".old.tmp")
+    folder.rename(retired)
+    return retired
 
 
-def _remove_unused_frozen(checkpoints: Path) -> None:
+def _unused_frozen(checkpoints: Path) -> list[Path]:
     used = set()
     for folder in step_folders(checkpoints):
         try:
             used.add(frozen_of(folder))
         except CheckpointError:
-            return  # a step that cannot be asked may need any of them
-    for path in checkpoints.iterdir():
-        if is_frozen_name(path.name) and path not in used:
-            _remove(path)
+            return []  # a step that cannot be asked may need any of them
+    return [path for path in checkpoints.iterdir() if is_frozen_name(path.name) and path not in used]

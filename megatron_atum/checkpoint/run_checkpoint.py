@@ -21,7 +21,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from megatron_atum.checkpoint.files import aside_of, commit_folder
-from megatron_atum.checkpoint.folder import folders_of, missing, remove_old, remove_unfinished, step_folder
+from megatron_atum.checkpoint.folder import folders_of, missing, remove, remove_unfinished, retire_old, step_folder
 from megatron_atum.checkpoint.hf_folder import check_same_model
 from megatron_atum.checkpoint.index import Written, read_index
 from megatron_atum.checkpoint.rank_tensors import ExactWeights, RankTensors, Staging, load_optimizer, stored_random
@@ -108,6 +108,7 @@ class RunCheckpoint:
         self._staging = Staging()
         self._frozen: str | None = None  # name of the frozen weights in this run's folder, once they are there
         self._pending: _Job | None = None
+        self._removal = _thread("remove", remove, [])
 
     def clean(self) -> None:
         """Remove what an earlier run left half written. The run folder must be locked."""
@@ -124,7 +125,7 @@ class RunCheckpoint:
         over = self.wait()
         job = self._start(step, data)
         if self.config.checkpoint.asynchronous:
-            Thread(target=self._write, args=(job,), name=f"save-{step}", daemon=True).start()
+            _thread(f"save-{step}", self._write, job)
         else:
             self._write(job)
         job.blocked_s = time.perf_counter() - job.began
@@ -135,22 +136,24 @@ class RunCheckpoint:
         """Finish a save that all ranks have written. Costs one small all-reduce while there is one."""
         if self._pending is None or not all_true(self._pending.result.done()):
             return []
-        return self.wait()
+        return [self._end(self._pending)]
 
     def wait(self) -> list[Saved]:
-        """Finish the save that is under way, if there is one."""
-        job, self._pending = self._pending, None
-        if job is None:
-            return []
+        """Finish the save that is under way, if there is one, to the removal of what it replaces."""
+        over = [self._end(self._pending)] if self._pending is not None else []
+        self._removal.join()
+        return over
+
+    def _end(self, job: _Job) -> Saved:
+        self._pending = None
         began, error = time.perf_counter(), ""
         try:
             self._finish(job)
         except CheckpointError as problem:
             error = str(problem)
         now = time.perf_counter()
-        asynchronous = self.config.checkpoint.asynchronous
-        blocked = job.blocked_s + now - began if asynchronous else now - job.began
-        return [Saved(job.step, job.folder, error, blocked, now - job.began)]
+        blocked = job.blocked_s + now - began if self.config.checkpoint.asynchronous else now - job.began
+        return Saved(job.step, job.folder, error, blocked, now - job.began)
 
     def _start(self, step: int, data: dict[str, Any]) -> _Job:
         """Everything that training may change is copied, or in memory that it does not touch."""
@@ -239,7 +242,8 @@ class RunCheckpoint:
         complete(aside, records, [chunk for result in results for chunk in result.written])
         commit_folder(aside, job.folder)
         checkpoint = self.config.checkpoint
-        remove_old(self.checkpoints, job.folder, checkpoint.keep, checkpoint.keep_every)
+        old = retire_old(self.checkpoints, job.folder, checkpoint.keep, checkpoint.keep_every)
+        self._removal = _thread("remove", remove, old)
 
     def _commit_frozen(self, results: list[_Result]) -> str:
         records = [record for result in results for record in result.frozen_records]
@@ -306,6 +310,13 @@ class RunCheckpoint:
             for row, parameter in self.tensors.rows
             for name in row.hf
         )
+
+
+def _thread(name: str, work: Callable[..., None], *args: Any) -> Thread:
+    """A thread that does not keep a failing process alive."""
+    thread = Thread(target=work, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 def _linked(source: Path, target: Path) -> bool:

@@ -1,17 +1,1 @@
-"""Process layout and everything that touches megatron-core's global state.
-
-Importing it also silences notes that say nothing to a user: that the optional accelerators are absent (the start-up
-banner says which kernels are used), and deprecations inside megatron-core 0.16.1.
-"""
-
-import warnings
-
-for _message in (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    ".*torch.jit.script",
-    "full scope is deprecated. Use empty cuda_graph_scope",
-    "The .grad attribute of a Tensor that is not a leaf",
-    "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
-):
-    warnings.filterwarnings("ignore", message=_message)
+"""Process layout and everything that touches megatron-core's global state."""

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_atum.checkpoint.backbones import Backbones
+from megatron_atum.checkpoint.draw import Drawn
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder
-from megatron_atum.checkpoint.table import weight_table
-from megatron_atum.checkpoint.weights import drawn
+from megatron_atum.checkpoint.stored import open_checkpoint
 from megatron_atum.config.loader import preset
 from megatron_atum.errors import CheckpointError
 
@@ -97,17 +97,17 @@ def state_of(folder: Path) -> dict[str, Tensor]:
 
 
 def test_the_result_holds_both_backbones(folder: Path) -> None:
-    backbones = Backbones(folder / "llama", folder / "clip", BASE)
-    write_hf_folder(folder / "out", backbones.model, backbones.tensors(3, torch.float32))
+    backbones = Backbones(folder / "llama", folder / "clip", BASE, 3, torch.float32)
+    write_hf_folder(folder / "out", backbones.model, backbones)
     state = state_of(folder / "out")
     llama, clip = (load_file(folder / name / "model.safetensors") for name in ("llama", "clip"))
     taken = llama | {f"model.{name}": tensor for name, tensor in clip.items() if name.startswith("vision_model.")}
     taken = {name: tensor for name, tensor in taken.items() if not name.endswith("position_ids")}
     for name, tensor in taken.items():
         assert torch.equal(state[name], tensor), name
-    new = {hf: t for row in weight_table(backbones.model) for hf, t in zip(row.hf, drawn(row, 3), strict=True)}
+    new = Drawn(backbones.model, 3)
     for name in state.keys() - taken.keys():
-        assert torch.equal(state[name], new[name]), name
+        assert torch.equal(state[name], new.read(name)), name
     assert any("gated_cross_attn" in name for name in state.keys() - taken.keys())
 
     m = IdeficsFolder(folder / "out").model
@@ -121,8 +121,8 @@ def test_the_result_holds_both_backbones(folder: Path) -> None:
 
 def test_the_head_may_be_tied_to_the_embedding(tmp_path: Path) -> None:
     save_backbones(tmp_path, tie_word_embeddings=True)
-    backbones = Backbones(tmp_path / "llama", tmp_path / "clip", BASE)
-    write_hf_folder(tmp_path / "out", backbones.model, backbones.tensors(0, torch.float32))
+    backbones = Backbones(tmp_path / "llama", tmp_path / "clip", BASE, dtype=torch.float32)
+    write_hf_folder(tmp_path / "out", backbones.model, backbones)
     state = state_of(tmp_path / "out")
     embedding = load_file(tmp_path / "llama" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(state["lm_head.weight"], embedding)
@@ -152,6 +152,8 @@ def test_clip_values_that_its_file_leaves_out(folder: Path) -> None:
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"hidden_size": "absent"}, "hidden_size"),
         ({"num_attention_heads": "absent"}, "num_attention_heads"),
+        ({"num_attention_heads": 0}, "odd values"),
+        ({"vocab_size": "97"}, "vocab_size='97'"),
         ({"num_hidden_layers": 6}, "missing: model.layers.4."),
         ({"vocab_size": 96}, "shape of lm_head.weight is (97, 32), not (96, 32)"),
     ],
@@ -186,11 +188,39 @@ def test_exchanged_folders(folder: Path) -> None:
         Backbones(folder / "clip", folder / "llama", BASE)
 
 
-def call(folder: Path, out: str) -> subprocess.CompletedProcess[str]:
+def test_rows_and_dtypes(folder: Path) -> None:
+    """A drawn tensor and a read one, in slices as whole; slices do not keep the whole tensor in memory."""
+    whole = Backbones(folder / "llama", folder / "clip", BASE, 3, torch.float32)
+    for name in ("lm_head.weight", "model.gated_cross_attn_layers.0.cross_attn.q_proj.weight"):
+        for dtype in (torch.bfloat16, torch.float32):
+            with Backbones(folder / "llama", folder / "clip", BASE, 3, dtype) as backbones:
+                rows = [backbones.read(name, slice(first, first + 10)) for first in range(0, 100, 10)]
+                assert backbones.dtype(name) == dtype and backbones.shape(name) == whole.shape(name)
+                assert torch.equal(torch.cat(rows), whole.read(name).to(dtype))
+                assert rows[0].untyped_storage().nbytes() <= rows[0].nbytes
+
+
+def test_values_that_the_dtype_does_not_have(folder: Path) -> None:
+    file = folder / "llama" / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.full((97, 32), 1e5)}, file)
+    backbones = Backbones(folder / "llama", folder / "clip", BASE, dtype=torch.float16)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has values that are too large for float16"):
+        backbones.read("lm_head.weight")
+
+
+def test_integers(folder: Path) -> None:
+    file = folder / "llama" / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.ones(97, 32, dtype=torch.int8)}, file)
+    refused(folder, "dtype of lm_head.weight is torch.int8")
+
+
+def call(folder: Path, out: str, *more: str) -> subprocess.CompletedProcess[str]:
     tool = [sys.executable, str(ROOT / "tools/checkpoint/init_from_backbones.py"), "--preset", "tiny", "--seed", "3"]
     where = ["--llama", str(folder / "llama"), "--clip", str(folder / "clip"), "--out", str(folder / out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*tool, *where], capture_output=True, text=True, timeout=120, cwd=folder, env=environment)
+    return subprocess.run(
+        [*tool, *where, *more], capture_output=True, text=True, timeout=120, cwd=folder, env=environment
+    )
 
 
 def test_the_tool(folder: Path) -> None:
@@ -198,17 +228,25 @@ def test_the_tool(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     with IdeficsFolder(folder / "out") as written:
         name = "model.layers.0.mlp.up_proj.weight"
-        assert torch.equal(written.tensor(name), load_file(folder / "llama/model.safetensors")[name].bfloat16())
+        assert torch.equal(written.read(name), load_file(folder / "llama/model.safetensors")[name].bfloat16())
 
     again = call(folder, "out")
-    assert again.returncode != 0 and "exists already" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
     assert "Traceback" not in again.stderr
+
+    done = call(folder, "atum", "--format", "atum")
+    assert done.returncode == 0, done.stderr
+    stored = open_checkpoint(folder / "atum")
+    with IdeficsFolder(folder / "out") as written:
+        assert stored.names() == written.names()
+        for name in stored.names():
+            assert torch.equal(stored.read(name), written.read(name)), name
 
     file = folder / "llama" / "model.safetensors"
     tensors = load_file(file)
     tensors["lm_head.weight"][3, 3] = float("nan")  # the last one to be written
     save_file(tensors, file)
     failed = call(folder, "other")
-    assert failed.returncode != 0 and "lm_head.weight holds NaN" in failed.stderr
+    assert failed.returncode == 2 and "lm_head.weight holds NaN" in failed.stderr
     assert "Traceback" not in failed.stderr
-    assert sorted(path.name for path in folder.iterdir()) == ["clip", "llama", "out"]
+    assert sorted(path.name for path in folder.iterdir()) == ["atum", "clip", "llama", "out"]
