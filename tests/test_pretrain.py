@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_atum.checkpoint.run_state import newest_complete
+from megatron_atum.checkpoint.folder import newest_complete
 from megatron_atum.config.loader import load_config
 from megatron_atum.errors import AtumError
 from megatron_atum.training.metrics import read_metrics
@@ -83,7 +83,8 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(data: Path, tmp_path: P
     assert whole.returncode == 0, output
     assert "layout: tensor 2 + sequence, pipeline 2" in output
 
-    killed = torchrun(4, arguments(data, tmp_path / "killed", *layout))
+    # synchronously, so that the checkpoint of step 2 is complete at step 3
+    killed = torchrun(4, arguments(data, tmp_path / "killed", *layout, "checkpoint.asynchronous=false"))
     metrics = tmp_path / "killed" / "test" / "metrics.jsonl"
     wait_for_step(metrics, 3, killed)
     kill_all(killed)
@@ -106,6 +107,12 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(data: Path, tmp_path: P
     assert newest is not None
     assert newest.name == "step-00000006"
     assert load_config(tmp_path / "whole" / "test" / "config.yaml", []).parallel.tensor == 2
+
+    elsewhere = torchrun(2, arguments(data, tmp_path / "killed", "parallel.pipeline=2", "training.steps=8"))
+    output, _ = elsewhere.communicate(timeout=300)
+    assert elsewhere.returncode == 0, output
+    assert "weights: step 6 of" in output and "layout: tensor 1, pipeline 2" in output
+    assert [line["step"] for line in losses(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def kill_all(run: subprocess.Popen[str]) -> None:

@@ -157,12 +157,17 @@ def kill_midway(command: list[str], metrics: Path) -> None:
     """Start a run and kill torchrun and all its workers with SIGKILL. Raises StepFailed if it ends before."""
     log = log_path("resume")
     with running(command, log) as process:
-        while len(read_steps(metrics)) < KILL_AFTER:
+        while len(read_steps(metrics)) < KILL_AFTER or not saved(metrics):
             if process.poll() is not None:
                 raise StepFailed(f"the run ended before it could be killed\n{tail(log)}\nlog: {log}")
             time.sleep(0.02)
         killed = kill_all(process, "pretrain_atum.py")
     say(f"sent SIGKILL to torchrun and its {killed} workers")
+
+
+def saved(metrics: Path) -> bool:
+    """Whether a checkpoint is complete; it is written beside the training."""
+    return '"event": "save"' in metrics.read_text()
 
 
 def resume_step(events: list[dict[str, Any]]) -> int:

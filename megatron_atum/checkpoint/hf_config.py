@@ -101,13 +101,15 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
 
 def rope_theta(hf: dict[str, Any], where: str) -> float:
     """Of rotary embeddings, from one of the keys it had over the years. Raises CheckpointError for scaled ones."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{where}: rope_parameters={rope!r} is not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"{where}: rope_type={kind!r}: scaled rotary embeddings are not supported")
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    theta = hf.get("rope_theta", 10000.0)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(key) or {}
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"{where}: {key}={rope!r} is not an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise CheckpointError(f"{where}: {key}: rope_type={kind!r}: scaled rotary embeddings are not supported")
+        theta = rope.get("rope_theta", theta)
     if type(theta) not in (int, float) or not 0 < theta < float("inf"):
         raise CheckpointError(f"{where}: rope_theta={theta!r} is not a positive number")
     return float(theta)

@@ -94,7 +94,7 @@ def test_there_and_elsewhere(frozen: bool, tmp_path: Path) -> None:
     assert any("self_attn" in key for key in moments) != frozen
     for world_size in (1, 2, 4):
         here = [place for place in places if PLACES[place][0].world_size == world_size]
-        for place, (said, folder) in run_distributed(go_on, world_size, root, here, frozen)[0].items():
+        for said, folder in run_distributed(go_on, world_size, root, here, frozen)[0].values():
             close(said, went_on)
             check_same(contents(Path(folder)), original)
 

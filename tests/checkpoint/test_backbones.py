@@ -152,7 +152,7 @@ def test_clip_values_that_its_file_leaves_out(folder: Path) -> None:
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"hidden_size": "absent"}, "hidden_size"),
         ({"num_attention_heads": "absent"}, "num_attention_heads"),
-        ({"num_attention_heads": 0}, "odd values"),
+        ({"hidden_size": "32"}, "odd values"),
         ({"vocab_size": "97"}, "vocab_size='97'"),
         ({"num_hidden_layers": 6}, "missing: model.layers.4."),
         ({"vocab_size": 96}, "shape of lm_head.weight is (97, 32), not (96, 32)"),

@@ -146,7 +146,8 @@ def install(points: Points) -> None:
     points.around(RunCheckpoint, "_commit", "commit: all", phase="commit")
     for name in ("write_state", "write_assets", "complete", "complete_frozen", "commit_folder"):
         points.around(run_checkpoint, name, f"commit: {name}")
-    points.around(run_checkpoint, "remove_old", "removal: all", phase="removal")
+    points.around(run_checkpoint, "retire_old", "removal: retiring", phase="removal")
+    points.around(run_checkpoint, "remove", "removal: removing", phase="removal")
     points.around(trainer.Trainer, "_fill_weights", "start: filling")
     points.around(RunCheckpoint, "clean", "start: cleaning", phase="start")
     points.around(RunCheckpoint, "load", "start: loading")

@@ -194,6 +194,14 @@ def _raised(pipe: Connection) -> str:
         return ""
 
 
+def _strike(process: Any, root: Path) -> None:
+    write_death(root, checkpoints_of(root), "clock")
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    if process.exitcode != -signal.SIGKILL:  # it was over already
+        (root / "death.json").unlink()
+
+
 def _watch(
     processes: list[Any], logs: list[Path], root: Path, kill: Any, outlive_s: float, timeout: float
 ) -> list[int | None]:
@@ -211,9 +219,7 @@ def _watch(
         if clock is not None and strike is None and any("event" not in line for line in lines_of(root)):
             strike = time.monotonic() + clock.seconds
         if clock is not None and strike is not None and time.monotonic() >= strike:
-            write_death(root, checkpoints_of(root), "clock")
-            os.kill(processes[clock.rank].pid, signal.SIGKILL)
-            processes[clock.rank].join()
+            _strike(processes[clock.rank], root)
             clock = None
         wait([process.sentinel for process in processes if process.exitcode is None], timeout=0.02 if clock else 1.0)
     return [process.exitcode for process in processes]

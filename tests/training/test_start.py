@@ -1,4 +1,4 @@
-"""Run folders: one run at a time."""
+"""Run folders: one run at a time. And what a run starts from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_atum.errors import ConfigError
-from megatron_atum.training.start import lock_run_folder
+from megatron_atum.checkpoint.draw import Drawn
+from megatron_atum.checkpoint.hf_export import write_hf_folder
+from megatron_atum.checkpoint.stored import write_weights
+from megatron_atum.config.loader import load_config, preset
+from megatron_atum.errors import CheckpointError, ConfigError
+from megatron_atum.training.start import Start, lock_run_folder, prepare_start
+
+ROOT = Path(__file__).parents[2]
 
 HOLDER = """
 import sys
@@ -33,3 +40,83 @@ def test_a_run_folder_has_one_writer_and_is_free_when_it_is_killed(tmp_path: Pat
     holder.kill()
     holder.communicate()
     lock_run_folder(run).close()
+
+
+# What a run starts from ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny_data")
+    subprocess.run([sys.executable, "examples/tiny/make_data.py", "--out", str(out)], cwd=ROOT, check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same weights as a Hugging Face folder, as a checkpoint, and as a checkpoint in one folder."""
+    folder, model = tmp_path_factory.mktemp("weights"), preset("tiny")
+    write_hf_folder(folder / "hf", model, Drawn(model, 5))
+    write_weights(folder / "atum", model, Drawn(model, 5), assets={"tokenizer_config.json": b"{}"})
+    write_weights(folder / "alone", model, Drawn(model, 5), standalone=True)
+    return {name: folder / name for name in ("hf", "atum", "alone")}
+
+
+def start(data: Path, root: Path, *overrides: str) -> Start:
+    config = load_config(
+        None,
+        [
+            "model.preset=tiny",
+            f"data.tokenizer={data}/tokenizer.model",
+            f"data.sources=[{{name: pairs, shards: '{data}/pairs-*.tar', kind: pairs, max_images: 8}}]",
+            "data.sequence_length=128",
+            "training.global_batch_size=4",
+            f"logging.root={root}",
+            *overrides,
+        ],
+    )
+    return prepare_start(config, 1, 0)
+
+
+@pytest.mark.parametrize("key", ["load", "init"])
+@pytest.mark.parametrize("kind", ["hf", "atum", "alone"])
+def test_weights_come_from_a_folder_of_either_format(
+    kind: str, key: str, data: Path, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    begun = start(data, tmp_path, f"checkpoint.{key}={weights[kind]}")
+    assert begun.resume is None and begun.weights is not None
+    source = Drawn(preset("tiny"), 5)
+    for name in ("lm_head.weight", "model.perceiver_resampler.latents"):
+        assert torch.equal(begun.weights.read(name), source.read(name))
+    assets = begun.assets()
+    assert assets["tokenizer.model"] == (data / "tokenizer.model").read_bytes()
+    assert ("tokenizer_config.json" in assets) == (kind == "atum")
+    assert (begun.checkpoint is None) == (kind == "hf")
+
+
+def test_nothing_to_start_from(data: Path, tmp_path: Path) -> None:
+    begun = start(data, tmp_path)
+    assert begun.resume is begun.weights is begun.checkpoint is None
+    assert begun.assets().keys() == {"tokenizer.model"}
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "needle"),
+    [
+        ("checkpoint.load={weights}", CheckpointError, "holds no step folder"),
+        ("checkpoint.init={weights}", CheckpointError, "holds no step folder"),
+        ("checkpoint.init={weights}/none", CheckpointError, "not a folder"),
+        ("checkpoint.load={weights}/none", CheckpointError, "no such folder"),
+        ("checkpoint.keep_every=-1", ConfigError, "checkpoint.keep_every=-1"),
+    ],
+)
+def test_what_cannot_be_started_from(
+    override: str, error: type[Exception], needle: str, data: Path, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=needle):
+        start(data, tmp_path, override.format(weights=weights["hf"].parent))
+
+
+def test_weights_of_another_model_are_refused(data: Path, weights: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.norm_eps is 1e-06 there and 1e-05 here"):
+        start(data, tmp_path, f"checkpoint.init={weights['atum']}", "model.norm_eps=1e-5")
