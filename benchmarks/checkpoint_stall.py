@@ -61,7 +61,9 @@ def main() -> None:
 def _check_space(folder: Path, gib: float) -> None:
     need, free = int(gib * WORLD_SIZE * 4 * 2**30), shutil.disk_usage(folder).free
     if free < need:
-        raise SystemExit(f"{folder} has {free / 2**30:.1f} GiB free, and {need / 2**30:.1f} GiB are needed: use --folder")
+        raise SystemExit(
+            f"{folder} has {free / 2**30:.1f} GiB free, {need / 2**30:.1f} are needed: use --folder"
+        )
 
 
 def measure(rank: int, gib: float, rounds: int, folder: str) -> dict[str, Any]:
@@ -178,7 +180,9 @@ def report(ranks: list[dict[str, Any]]) -> None:
         {key: max(rank["rounds"][number][key] for rank in ranks) for key in ranks[0]["rounds"][0]}
         for number in range(len(ranks[0]["rounds"]))
     ]
-    print(f"{'round':>5} {'sync s':>8} {'async s':>8} {'ratio':>6} {'in all s':>9} {'raw s':>7} {'step alone/beside s':>20}")
+    print(
+        f"{'round':>5} {'sync s':>8} {'async s':>8} {'ratio':>6} {'in all s':>9} {'raw s':>7} {'step alone/beside s':>20}"
+    )
     for number, one in enumerate(rounds):
         print(
             f"{number:>5} {one['sync']:>8.3f} {one['async']:>8.3f} {one['async'] / one['sync']:>6.2f} "

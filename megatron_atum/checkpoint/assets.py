@@ -18,6 +18,8 @@ NAMES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+# Made for one tokenizer; they must not outlive it.
+OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEMPLATE = re.compile(r"chat_template\.[a-z0-9]+")
 MOST_BYTES = 64 << 20
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_atum.checkpoint.assets import read_assets
 from megatron_atum.checkpoint.draw import Drawn
 from megatron_atum.checkpoint.hf_config import from_hf, rope_theta, to_hf
-from megatron_atum.checkpoint.hf_export import converted
 from megatron_atum.checkpoint.hf_folder import HfFolder, check_dtypes, check_names
 from megatron_atum.checkpoint.table import hf_shapes
+from megatron_atum.checkpoint.tensor_file import converted
 from megatron_atum.config.schema import ModelConfig, VisionConfig
 from megatron_atum.errors import CheckpointError
 

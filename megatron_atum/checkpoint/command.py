@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import torch
 
-from megatron_atum.errors import AtumError, CheckpointError
+from megatron_atum.errors import AtumError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LONG = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -52,9 +50,3 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     return size
-
-
-def refuse_existing(out: Path) -> None:
-    """Raises CheckpointError where something has this name already."""
-    if os.path.lexists(out):
-        raise CheckpointError(f"{out} exists already; choose another folder or remove it")

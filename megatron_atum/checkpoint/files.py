@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_atum.errors import CheckpointError
+
 
 def sync(path: Path) -> None:
     """Wait until a file or folder is on disk."""
@@ -25,13 +27,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file atomically."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
+    aside.write_text(text)
     sync(aside)
     aside.replace(path)
     sync(path.parent)
@@ -69,3 +67,16 @@ def commit_folder(aside: Path, path: Path) -> None:
     aside.rename(path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises CheckpointError where something has this name already."""
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out} exists already; choose another folder or remove it")
+
+
+def check_room(folder: Path, wanted: int) -> None:
+    """Raises CheckpointError if a disk has less than `wanted` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise CheckpointError(f"{folder.parent} has {free / 1e9:.1f} GB free; {wanted / 1e9:.1f} GB are needed")

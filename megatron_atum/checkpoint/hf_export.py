@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_atum.checkpoint.assets import write_assets
-from megatron_atum.checkpoint.command import refuse_existing
-from megatron_atum.checkpoint.files import new_folder, write_json
+from megatron_atum.checkpoint.files import check_room, new_folder, refuse_existing, write_json
 from megatron_atum.checkpoint.hf_config import config_json
 from megatron_atum.checkpoint.hf_folder import check_names
 from megatron_atum.checkpoint.source import TensorSource
@@ -25,11 +23,10 @@ from megatron_atum.checkpoint.tensor_file import (
     FileRecord,
     TensorFileWriter,
     ahead,
-    check_finite,
+    converted,
     row_slices,
 )
 from megatron_atum.config.schema import ModelConfig
-from megatron_atum.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -61,17 +58,11 @@ def write_hf_folder(
     tensors = [Entry(name, dtype or source.dtype(name), shape, 0) for name, shape in hf_shapes(model).items()]
     total = sum(tensor.size for tensor in tensors)
     with new_folder(out) as folder:
-        _check_room(folder, total)
+        check_room(folder, total)
         with tqdm(total=total, desc=f"writing {out.name}", unit="B", unit_scale=True, disable=not progress) as bar:
             _write_weights(folder, source, _shards(tensors, shard_bytes), bar.update)
         _write_rest(folder, model, tensors, dict(assets or {}))
         write_more(folder)
-
-
-def _check_room(folder: Path, wanted: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < wanted:
-        raise CheckpointError(f"{folder.parent} has {free / 1e9:.1f} GB free; {wanted / 1e9:.1f} GB are needed")
 
 
 def _shards(tensors: list[Entry], most_bytes: int) -> dict[str, list[Entry]]:
@@ -118,19 +109,6 @@ def _pieces(source: TensorSource, tensors: list[Entry]) -> Iterator[Tensor]:
     for tensor in tensors:
         for rows in row_slices(tensor.shape, tensor.dtype.itemsize, PIECE_BYTES):
             yield converted(source.read(tensor.name, rows), tensor.dtype, tensor.name)
-
-
-def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A contiguous tensor in another dtype. Raises CheckpointError where values are too large for it."""
-    if tensor.dtype == dtype:
-        return tensor.contiguous()
-    changed = tensor.to(dtype).contiguous()
-    try:
-        check_finite(changed, lambda: name)
-    except CheckpointError:
-        what = str(dtype).removeprefix("torch.")
-        raise CheckpointError(f"{name} has values that are too large for {what}; choose another dtype") from None
-    return changed
 
 
 def _write_rest(folder: Path, model: ModelConfig, tensors: list[Entry], assets: dict[str, bytes]) -> None:

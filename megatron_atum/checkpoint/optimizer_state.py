@@ -93,8 +93,8 @@ def _pairs(part: Any) -> Iterator[list[tuple[nn.Parameter, Tensor, int, int]]]:
     elif isinstance(part, Float16OptimizerWithFloat16Params):
         half = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
         for (parameters, mains), fp32_parameters in zip(half, part.fp32_from_fp32_groups, strict=True):
-            pairs = [*zip(parameters, mains, strict=True), *zip(fp32_parameters, fp32_parameters, strict=True)]
-            yield [(p, main, 0, p.numel()) for p, main in pairs]
+            both = [*zip(parameters, mains, strict=True), *zip(fp32_parameters, fp32_parameters, strict=True)]
+            yield [(p, main, 0, p.numel()) for p, main in both]
     else:
         for group in part.optimizer.param_groups:
             yield [(p, p, 0, p.numel()) for p in group["params"]]

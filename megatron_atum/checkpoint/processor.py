@@ -8,13 +8,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from megatron_atum.checkpoint.assets import OF_A_TOKENIZER
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.data.tokenizer import FILE_NAME, Tokenizer
 from megatron_atum.errors import CheckpointError
 
 ADDED_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
-# Made for one tokenizer; they must not outlive it.
-_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def has_processor(folder: Path) -> bool:
@@ -43,7 +42,7 @@ def write_processor(folder: Path, tokenizer_model: Path | bytes, model: ModelCon
     except OSError as error:
         raise CheckpointError(f"cannot read the tokenizer {where}: {error.strerror}") from None
     Tokenizer(content, model.vocab_size, where)  # refuses what is no tokenizer of this model
-    for name in _OF_A_TOKENIZER:
+    for name in OF_A_TOKENIZER:
         (folder / name).unlink(missing_ok=True)
     (folder / FILE_NAME).write_bytes(content)
     _save(folder, content, where, model)

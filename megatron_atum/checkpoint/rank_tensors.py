@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class RankTensors:
             part
             for (row, parameter), owned in zip(self.rows, self._owners, strict=True)
             if owned and parameter.requires_grad == trainable
-            for part in self._parts(row, parameter, "", parameter.dtype, lambda p=parameter: p.view(-1))
+            for part in self._parts(row, parameter, "", parameter.dtype, partial(parameter.view, -1))
         ]
 
     def optimizer_state(self) -> list[Part]:
@@ -79,7 +80,7 @@ class RankTensors:
             values = shard.moments() | ({"main": shard.main.view(-1)} if shard.has_main else {})
             for name, flat in values.items():
                 parts += self._parts(
-                    row, shard.parameter, f"optimizer.{name}/", flat.dtype, lambda f=flat: f, shard.start, shard.stop
+                    row, shard.parameter, f"optimizer.{name}/", flat.dtype, partial(_itself, flat), shard.start, shard.stop
                 )
         return parts
 
@@ -90,7 +91,7 @@ class RankTensors:
     def random(self) -> list[Item]:
         prefix = random_prefix(self.groups)
         return [
-            Item(prefix + name, value.dtype, tuple(value.shape), (0,), tuple(value.shape), lambda value=value: [value])
+            Item(prefix + name, value.dtype, tuple(value.shape), (0,), tuple(value.shape), partial(_itself, [value]))
             for name, value in random_state().items()
         ]
 
@@ -117,6 +118,10 @@ class RankTensors:
 
     def _is_sharded(self, shard: OptimizerShard) -> bool:
         return bool(getattr(self.optimizer.config, "use_distributed_optimizer", False))
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def random_prefix(groups: ProcessGroups) -> str:

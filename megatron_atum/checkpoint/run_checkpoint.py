@@ -25,7 +25,7 @@ from megatron_atum.checkpoint.folder import folders_of, missing, remove, remove_
 from megatron_atum.checkpoint.hf_folder import check_same_model
 from megatron_atum.checkpoint.index import Written, read_index
 from megatron_atum.checkpoint.rank_tensors import ExactWeights, RankTensors, Staging, load_optimizer, stored_random
-from megatron_atum.checkpoint.stored import RunState, complete, complete_frozen, write_assets, write_state
+from megatron_atum.checkpoint.stored import RunState, add_assets, complete, complete_frozen, write_state
 from megatron_atum.checkpoint.tensor_file import FileRecord
 from megatron_atum.checkpoint.weights import fill
 from megatron_atum.checkpoint.writer import Item, write_items
@@ -237,7 +237,7 @@ class RunCheckpoint:
             for name, count in result.steps.items():
                 assert steps.setdefault(name, count) == count, f"ranks differ in the updates of {name}"
         write_state(aside, **job.state, frozen=names[0] or None, optimizer_steps=steps)
-        write_assets(aside, self.assets)
+        add_assets(aside, self.assets)
         records = [record for result in results for record in result.records]
         complete(aside, records, [chunk for result in results for chunk in result.written])
         commit_folder(aside, job.folder)

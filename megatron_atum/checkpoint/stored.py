@@ -25,7 +25,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_atum import __version__
-from megatron_atum.checkpoint.files import commit_folder, new_folder, write_bytes, write_json, write_text
+from megatron_atum.checkpoint.assets import read_assets, write_assets
+from megatron_atum.checkpoint.files import (
+    check_room,
+    commit_folder,
+    new_folder,
+    refuse_existing,
+    sync,
+    write_json,
+    write_text,
+)
 from megatron_atum.checkpoint.folder import (
     ASSETS,
     STATE,
@@ -43,7 +52,7 @@ from megatron_atum.checkpoint.index import FORMAT, INDEX, Written, merge, to_jso
 from megatron_atum.checkpoint.reader import CheckpointReader
 from megatron_atum.checkpoint.source import TensorSource
 from megatron_atum.checkpoint.table import hf_shapes, weight_table
-from megatron_atum.checkpoint.tensor_file import FileRecord, check_finite, row_slices
+from megatron_atum.checkpoint.tensor_file import FileRecord, check_finite, converted, row_slices
 from megatron_atum.checkpoint.writer import Item, write_items
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import CheckpointError
@@ -137,7 +146,7 @@ class StoredCheckpoint:
     def assets(self) -> dict[str, bytes]:
         """Small files that came with the model, by name."""
         folder = self.folder / ASSETS
-        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+        return read_assets(folder) if folder.is_dir() else {}
 
     def close(self) -> None:
         self.reader.close()
@@ -205,15 +214,14 @@ def write_weights(
     Raises:
         CheckpointError: `out` exists, or the source does not hold this model, or a value does not fit the dtype.
     """
-    if out.exists():
-        raise CheckpointError(f"{out} exists already; choose another folder or remove it")
+    refuse_existing(out)
     backbone = {name for row in weight_table(model) if row.backbone for name in row.hf}
     items = [_item(source, name, shape, dtype) for name, shape in hf_shapes(model).items()]
-    bar = tqdm(
-        total=sum(item.size for item in items), unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
-    )
+    total = sum(item.size for item in items)
+    bar = tqdm(total=total, desc=f"writing {out.name}", unit="B", unit_scale=True, disable=not progress)
     config = {"model": OmegaConf.to_container(OmegaConf.structured(model))}
     with bar, new_folder(out) as folder:
+        check_room(folder, total)
         frozen, step = None, folder
         if not standalone:
             frozen = _write_frozen(folder, [item for item in items if item.key in backbone], bar.update)
@@ -222,7 +230,7 @@ def write_weights(
             step.mkdir()
         records, written = write_items(step, "weights", items, bar.update)
         write_state(step, step=0, config=config, frozen=frozen)
-        write_assets(step, assets or {})
+        add_assets(step, assets or {})
         complete(step, records, written)
 
 
@@ -238,15 +246,6 @@ def _item(source: TensorSource, name: str, shape: tuple[int, ...], dtype: torch.
     return Item(name, ours, shape, (0,) * len(shape), shape, pieces)
 
 
-def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A finite tensor in another dtype. Raises CheckpointError where a value is too large for it."""
-    if tensor.dtype == dtype:
-        return tensor.contiguous()
-    result = tensor.to(dtype).contiguous()
-    check_finite(result, lambda: f"{name} as {str(dtype).removeprefix('torch.')}: a value is too large for it, which")
-    return result
-
-
 def _write_frozen(folder: Path, items: Iterable[Item], progress: Callable[[int], object]) -> str:
     aside = folder / "frozen"
     aside.mkdir()
@@ -256,11 +255,13 @@ def _write_frozen(folder: Path, items: Iterable[Item], progress: Callable[[int],
     return name
 
 
-def write_assets(folder: Path, assets: dict[str, bytes]) -> None:
+def add_assets(folder: Path, assets: dict[str, bytes]) -> None:
+    """Put small files into the folder of a step. Raises CheckpointError for a name that none of them has."""
     if assets:
         (folder / ASSETS).mkdir(exist_ok=True)
-    for name, content in assets.items():
-        write_bytes(folder / ASSETS / name, content)
+        write_assets(folder / ASSETS, assets)
+        for path in sorted((folder / ASSETS).iterdir()):
+            sync(path)
 
 
 def complete(folder: Path, records: list[FileRecord], written: Iterable[Written]) -> None:

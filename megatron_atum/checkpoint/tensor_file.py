@@ -248,6 +248,19 @@ def check_finite(tensor: Tensor, where: Callable[[], str]) -> None:
         raise CheckpointError(f"{where()} holds NaN or infinite values")
 
 
+def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A contiguous tensor in another dtype. Raises CheckpointError where values are too large for it."""
+    if tensor.dtype == dtype:
+        return tensor.contiguous()
+    changed = tensor.to(dtype).contiguous()
+    try:
+        check_finite(changed, lambda: name)
+    except CheckpointError:
+        what = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name} has values that are too large for {what}; choose another dtype") from None
+    return changed
+
+
 def ahead(items: Iterable[T]) -> Iterator[T]:
     """The same items, each made in a thread while the one before it is used. Two items exist at a time."""
     iterator, end = iter(items), object()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from megatron_atum.checkpoint.index import Chunk, Shape, Written
 from megatron_atum.checkpoint.tensor_file import FileRecord, TensorFileWriter, ahead
 
-FILE_BYTES = 4 << 30  # files are about this large, so that ranks can share the checking of them
+FILE_BYTES = 2 << 30  # files are about this large, so that ranks can share the checking of them
 
 
 @dataclass(frozen=True)
@@ -49,38 +50,40 @@ def write_items(
     Args:
         progress: called with the number of bytes of each piece that was written.
     """
-    records: list[FileRecord] = []
+    records: list[Future[FileRecord]] = []
     written: list[Written] = []
-    for number, batch in enumerate(_batches(items)):
-        record, chunks = _write_file(folder / f"{prefix}-{number}.safetensors", batch, progress)
-        records.append(record)
-        written += chunks
-    return records, written
+    with ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:  # a file goes to disk while the next is written
+        for number, batch in enumerate(_batches(items)):
+            writer = _write_file(folder / f"{prefix}-{number}.safetensors", batch, progress)
+            records.append(pool.submit(writer.close))
+            written += [
+                (item.key, item.dtype, item.shape, Chunk(item.offsets, item.sizes, writer.path.name, entry.start))
+                for item, entry in zip(batch, writer.entries, strict=True)
+            ]
+    return [record.result() for record in records], written
 
 
 def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     batch: list[Item] = []
+    size = 0
     for item in items:
-        if batch and sum(other.size for other in batch) + item.size > FILE_BYTES:
+        if batch and size + item.size > FILE_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
         batch.append(item)
+        size += item.size
     if batch:
         yield batch
 
 
-def _write_file(path: Path, items: list[Item], progress: Callable[[int], object]) -> tuple[FileRecord, list[Written]]:
+def _write_file(path: Path, items: list[Item], progress: Callable[[int], object]) -> TensorFileWriter:
+    """A file with all its values, to be closed."""
     writer = TensorFileWriter(path, [(item.name, item.dtype, item.sizes) for item in items])
     try:
         for piece in ahead(piece for item in items for piece in item.pieces()):
             writer.write(piece)
-            progress(piece.numel() * piece.element_size())
+            progress(piece.nbytes)
     except BaseException:
         writer.abandon()
         raise
-    record = writer.close()
-    chunks = [
-        (item.key, item.dtype, item.shape, Chunk(item.offsets, item.sizes, path.name, entry.start))
-        for item, entry in zip(items, writer.entries, strict=True)
-    ]
-    return record, chunks
+    return writer

@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch.distributed as dist
 
-from megatron_atum.checkpoint.assets import read_assets
+from megatron_atum.checkpoint.assets import OF_A_TOKENIZER, read_assets
 from megatron_atum.checkpoint.folder import damaged, newest_complete, silent
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder, check_same_model
 from megatron_atum.checkpoint.run_checkpoint import check_resumable
@@ -62,7 +63,10 @@ class Start:
             found = StoredCheckpoint(self.checkpoint).assets
         elif isinstance(self.weights, IdeficsFolder):
             found = read_assets(self.weights.path)
-        return found | {FILE_NAME: tokenizer_file(self.config.data.tokenizer).read_bytes()}
+        ours = tokenizer_file(self.config.data.tokenizer or "").read_bytes()
+        if found.get(FILE_NAME, ours) != ours:  # files made from another tokenizer would be wrong
+            found = {name: content for name, content in found.items() if name not in OF_A_TOKENIZER}
+        return found | {FILE_NAME: ours}
 
 
 def prepare_start(config: Config, world_size: int, rank: int, without: Collection[Path] = ()) -> Start:
@@ -83,7 +87,7 @@ def prepare_start(config: Config, world_size: int, rank: int, without: Collectio
     if resume is not None:
         check_resumable(resume, config)
     if weights is not None:
-        check_same_model(_place(weights), weights.model, config.model)
+        check_same_model(place_of(weights), weights.model, config.model)
     loader = _build_loader(config, layout, rank)
     if resume is not None:
         loader.load_state_dict(resume.data)
@@ -115,7 +119,7 @@ def confirm_start(start: Start, rank: int) -> Start:
         if rank == 0:
             print(f"passing over {what}", flush=True)
         without.add(folder)
-        start = together(lambda config=start.config: prepare_start(config, world_size, rank, without))
+        start = together(partial(prepare_start, start.config, world_size, rank, without))
 
 
 def _damage(folder: Path, rank: int, world_size: int) -> list[str]:
@@ -144,7 +148,8 @@ def _find_weights(
     return None, StoredCheckpoint(find_checkpoint(Path(init)))
 
 
-def _place(weights: IdeficsFolder | StoredCheckpoint) -> str:
+def place_of(weights: IdeficsFolder | StoredCheckpoint) -> str:
+    """Where weights come from, for messages."""
     return str(weights.path if isinstance(weights, IdeficsFolder) else weights.folder)
 
 

@@ -18,7 +18,7 @@ from megatron_atum.parallel.agreement import together
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.training.engine import Engine, StepResult
 from megatron_atum.training.metrics import MetricsFile, Terminal
-from megatron_atum.training.start import Start, lock_run_folder
+from megatron_atum.training.start import Start, lock_run_folder, place_of
 
 
 class Trainer:
@@ -99,7 +99,7 @@ class Trainer:
         if self.start.resume:
             source = f"step {self.step} of {self.start.resume.folder}"
         elif self.start.weights:
-            source = str(self.start.checkpoint or getattr(self.start.weights, "path", ""))
+            source = place_of(self.start.weights)
         kernels = type(self.engine.inner_optimizer).__module__.split(".")[0]
         self.terminal.say(
             f"Megatron-ATUM {__version__}, torch {torch.__version__}, {self.engine.device.type}, {self.engine.dtype}\n"

@@ -18,14 +18,11 @@ from megatron_atum.batch import NO_IMAGE, Batch, image_slice, position_ids_from_
 from megatron_atum.checkpoint.source import TensorSource
 from megatron_atum.checkpoint.stored import StoredCheckpoint
 from megatron_atum.checkpoint.tensor_file import row_slices
-from megatron_atum.checkpoint.weights import fill, rows_of
 from megatron_atum.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_atum.errors import CheckpointError, ConfigError
 from megatron_atum.parallel.device import hide_accelerators
-from megatron_atum.parallel.groups import build_groups, start_distributed, stop_distributed
 from megatron_atum.parallel.layout import ParallelLayout
 from megatron_atum.parallel.spawn import spawn
-from megatron_atum.training.engine import Engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}  # of logits, relative to the largest one
@@ -228,6 +225,11 @@ def our_logits(job: Job) -> Tensor:
 
 @torch.no_grad()
 def _rank_logits(rank: int, job: Job) -> Tensor | None:
+    # megatron-core is needed here only: wrong use is answered without it.
+    from megatron_atum.checkpoint.weights import fill, rows_of
+    from megatron_atum.parallel.groups import build_groups, start_distributed, stop_distributed
+    from megatron_atum.training.engine import Engine
+
     hide_accelerators()
     world_size = job.config.parallel.tensor * job.config.parallel.pipeline
     start_distributed()
@@ -264,7 +266,7 @@ class LogitReport:
 
     @property
     def largest(self) -> float:
-        return max(row.largest for row in self.rows)
+        return float(torch.tensor([row.largest for row in self.rows]).max())  # NaN if any is
 
     def within(self, tolerance: float) -> bool:
         return self.largest <= tolerance * self.scale  # false where either is NaN

@@ -410,9 +410,7 @@ def groups(rank: int, world_size: int, root: str, degrees: Degrees, folder: str 
     else:
         engine, checkpoint = resumed_engine(config, degrees, Path(folder), overrides=other)
     said = steps(engine, range(SAVED_AT, STEPS))
-    rates = {
-        shard.parameter.dim() == 1: {round(shard.group["lr"], 9)} for shard in optimizer_shards(engine.optimizer)
-    }
+    rates = {shard.parameter.dim() == 1: {round(shard.group["lr"], 9)} for shard in optimizer_shards(engine.optimizer)}
     return {"folder": folder, "said": said, "rates": rates, "weights": weights(engine)}
 
 

@@ -63,8 +63,8 @@ def curve(count: int = 4) -> list[dict[str, Any]]:
 
 
 def test_backbones_fit_the_preset(backbones: Path, tmp_path: Path):
-    start = Backbones(backbones / "llama", backbones / "clip", preset("tiny"))
-    write_hf_folder(tmp_path / "start", start.model, start.tensors(0, torch.float32))
+    start = Backbones(backbones / "llama", backbones / "clip", preset("tiny"), 0, torch.float32)
+    write_hf_folder(tmp_path / "start", start.model, start)
     made = IdeficsFolder(tmp_path / "start").model
     for config in ("pretrain", "frozen"):
         check_same_model("start", made, load_config(TINY / f"{config}.yaml", []).model)

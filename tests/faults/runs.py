@@ -79,9 +79,13 @@ def checkpoints_of(root: Path) -> Path:
     return root / RUN / "checkpoints"
 
 
+def metrics_of(root: Path) -> Path:
+    return root / RUN / "metrics.jsonl"
+
+
 def lines_of(root: Path) -> list[dict[str, Any]]:
     """The metrics of a run, without a last line that is cut."""
-    path = root / RUN / "metrics.jsonl"
+    path = metrics_of(root)
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

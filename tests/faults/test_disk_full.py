@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,17 @@ from typing import Any
 import pytest
 
 from megatron_atum.checkpoint.folder import damaged, missing, step_folder
-from tests.faults.runs import SMALL, Outcome, checkpoints_of, data_overrides, events_of, lines_of, numbers_of, run
+from tests.faults.runs import (
+    SMALL,
+    Outcome,
+    checkpoints_of,
+    data_overrides,
+    events_of,
+    lines_of,
+    metrics_of,
+    numbers_of,
+    run,
+)
 
 BAD_STEP = 4
 STEPS = 7  # the save after the last step is one more
@@ -231,6 +243,38 @@ def fill_disk(folder: Path, left: int, rank: int) -> None:
 def test_a_full_disk(left: int, expected: list[dict[str, Any]], data: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "48m") as root:
         outcome = run(root, overrides(data), 2, hook=partial(fill_disk, root, left))
+        check_went_on(root, outcome, expected, "[Errno 28] No space left on device")
+
+
+def fill_disk_for_long(root: Path, rank: int) -> None:
+    """No byte is left, the page of the metrics is full to its end, and the save is held up for two more steps."""
+    from megatron_atum.checkpoint import run_checkpoint
+    from megatron_atum.training.trainer import Trainer
+
+    logged, log, write_items, metrics = threading.Event(), Trainer._log, run_checkpoint.write_items, metrics_of(root)
+
+    def logging(self: Any, *args: Any) -> None:
+        log(self, *args)
+        if self.step == BAD_STEP:
+            line = json.dumps({"event": "padding", "step": BAD_STEP})
+            metrics.open("a").write(line + " " * (-(metrics.stat().st_size + len(line) + 1) % 4096) + "\n")
+        if self.step == BAD_STEP + 1:
+            logged.set()
+
+    def held_up(folder: Path, *args: Any) -> Any:
+        assert f"{BAD_STEP:08d}" not in folder.name or logged.wait(60)
+        return write_items(folder, *args)
+
+    fill_disk(root, 0, rank)
+    Trainer._log = logging if rank == 0 else log  # type: ignore[method-assign]
+    run_checkpoint.write_items = held_up if rank == 0 else write_items
+
+
+@pytest.mark.root
+def test_a_full_disk_while_steps_are_logged(expected: list[dict[str, Any]], data: Path, tmp_path: Path) -> None:
+    """What a step has to say is not worth the run: it is kept until there is room again."""
+    with mounted(tmp_path / "disk", "48m") as root:
+        outcome = run(root, overrides(data), 2, hook=partial(fill_disk_for_long, root))
         check_went_on(root, outcome, expected, "[Errno 28] No space left on device")
 
 

@@ -12,7 +12,8 @@ tokenizer.model it was trained with, or the one that is given.
 import argparse
 from pathlib import Path
 
-from megatron_atum.checkpoint.command import parse_dtype, parse_size, refuse_existing, run_command
+from megatron_atum.checkpoint.command import parse_dtype, parse_size, run_command
+from megatron_atum.checkpoint.files import refuse_existing
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.data.tokenizer import FILE_NAME

@@ -11,7 +11,8 @@ atum_to_hf.py gives them back.
 import argparse
 from pathlib import Path
 
-from megatron_atum.checkpoint.command import parse_dtype, refuse_existing, run_command
+from megatron_atum.checkpoint.command import parse_dtype, run_command
+from megatron_atum.checkpoint.files import refuse_existing
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder
 
 

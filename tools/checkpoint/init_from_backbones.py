@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 from megatron_atum.checkpoint.backbones import Backbones
-from megatron_atum.checkpoint.command import parse_dtype, refuse_existing, run_command
+from megatron_atum.checkpoint.command import parse_dtype, run_command
+from megatron_atum.checkpoint.files import refuse_existing
 from megatron_atum.config.loader import preset
 
 

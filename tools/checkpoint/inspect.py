@@ -124,7 +124,7 @@ def model_lines(facts: dict[str, Any]) -> Iterator[str]:
     yield line(
         "model",
         f"{model['preset'] or 'ATUM'}: {model['num_layers']} layers of {model['hidden_size']}, {model['num_heads']} "
-        f"heads, {words}, cross-attention at every {model['cross_layer_interval']}; vision {vision['num_layers']} "
+        f"heads, {words}, a cross-attention layer per {model['cross_layer_interval']}; vision {vision['num_layers']} "
         f"layers of {vision['embed_dim']}, {vision['image_size']} pixels in patches of {vision['patch_size']}; "
         f"perceiver {perceiver['depth']} deep, {perceiver['num_latents']} latents",
     )
@@ -207,7 +207,8 @@ def verdict(facts: dict[str, Any]) -> Iterator[str]:
         yield f"and {len(facts['problems']) - MOST} more (--json lists all)"
     how = {"sizes": "sizes only", "headers": "headers only", "contents": "all contents"}[facts["checked"]]
     if facts["problems"]:
-        yield line("NOT WHOLE", f"{len(facts['problems'])} problems ({how} checked)")
+        count = len(facts["problems"])
+        yield line("NOT WHOLE", f"{count} problem{'s' if count > 1 else ''} ({how} checked)")
     elif not facts["whole"]:
         yield line("NOT WHOLE", f"the step above is whole ({how} checked), but another one is incomplete")
     else:
