@@ -1,14 +1,14 @@
 # make help lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types unit test demo clean
+.PHONY: help setup lint types unit test test-faults test-soak demo clean
 
 export OMP_NUM_THREADS ?= 1
 PYTHON := .venv/bin/python
 SOURCES := $(wildcard megatron_atum tools tests benchmarks examples setup.py pretrain_atum.py)
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
 setup: ## .venv with the pinned packages; does nothing when it is up to date
 	@bash tools/setup_env.sh
@@ -27,6 +27,12 @@ test: ## lint, types and all tests
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
 	@$(MAKE) --no-print-directory unit
+
+test-faults: ## seeded kills and resumes, full disks, damaged checkpoints; SEEDS=n kills n times (24)
+	@$(MAKE) --no-print-directory unit ARGS="tests/faults $(ARGS)"
+
+test-soak: ## the kills alone, SEEDS=n of them (300); takes about five seconds each
+	@SEEDS=$(or $(SEEDS),300) $(MAKE) --no-print-directory unit ARGS="tests/faults/test_kills.py $(ARGS)"
 
 demo: setup ## the main job on real photographs: train TP2 x PP2, kill, resume, export, caption
 	@$(PYTHON) examples/tiny/demo.py

@@ -180,9 +180,7 @@ def report(ranks: list[dict[str, Any]]) -> None:
         {key: max(rank["rounds"][number][key] for rank in ranks) for key in ranks[0]["rounds"][0]}
         for number in range(len(ranks[0]["rounds"]))
     ]
-    print(
-        f"{'round':>5} {'sync s':>8} {'async s':>8} {'ratio':>6} {'in all s':>9} {'raw s':>7} {'step alone/beside s':>20}"
-    )
+    print("round   sync s  async s  ratio  in all s   raw s  step alone / beside s")
     for number, one in enumerate(rounds):
         print(
             f"{number:>5} {one['sync']:>8.3f} {one['async']:>8.3f} {one['async'] / one['sync']:>6.2f} "

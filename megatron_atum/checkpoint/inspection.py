@@ -133,6 +133,7 @@ def _checkpoint(folder: Path, quick: bool, tensors: bool, progress: bool) -> Fac
             model = read_state(folder).model
         except CheckpointError as error:
             problems.append(str(error))
+            state = {}
     folders = [_open(place) for place in _folders(folder)]
     index = {key: tensor for place in folders for key, tensor in place.index.items()}
     frozen = {name for place in folders[1:] for name in place.index}

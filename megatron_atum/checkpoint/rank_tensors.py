@@ -78,10 +78,10 @@ class RankTensors:
             if not self._writes(shard, number, row):
                 continue
             values = shard.moments() | ({"main": shard.main.view(-1)} if shard.has_main else {})
+            span = (shard.start, shard.stop)
             for name, flat in values.items():
-                parts += self._parts(
-                    row, shard.parameter, f"optimizer.{name}/", flat.dtype, partial(_itself, flat), shard.start, shard.stop
-                )
+                key, get = f"optimizer.{name}/", partial(_itself, flat)
+                parts += self._parts(row, shard.parameter, key, flat.dtype, get, span)
         return parts
 
     def optimizer_steps(self) -> dict[str, int]:
@@ -102,10 +102,10 @@ class RankTensors:
         prefix: str,
         dtype: torch.dtype,
         flat: Callable[[], Tensor],
-        start: int = 0,
-        stop: int | None = None,
+        span: tuple[int, int | None] = (0, None),
     ) -> Iterator[Part]:
-        groups = self.groups
+        """A parameter's values `span`, which `flat` gives, in the boxes where they lie."""
+        groups, (start, stop) = self.groups, span
         for box in boxes_of(row, parameter, groups.tensor_rank, groups.layout.tensor, start, stop):
             here = replace(box, start=box.start - start)
             yield Part(prefix + row.hf[box.part], dtype, row.shapes[box.part], here, flat)

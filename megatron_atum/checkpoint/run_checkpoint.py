@@ -283,7 +283,7 @@ class RunCheckpoint:
             together(lambda: fill(self.engine.stages, self.config.model, self.groups, stored))
             together(lambda: load_optimizer(self.tensors, stored))
             if state.layout == layout_record(self.groups.layout):
-                set_random_state(stored_random(self.groups, stored.reader))
+                set_random_state(together(lambda: stored_random(self.groups, stored.reader)))
         finally:
             stored.close()
         self.engine.scheduler.load_state_dict(state.scheduler)
@@ -293,8 +293,8 @@ class RunCheckpoint:
 
         In this run's folder they are named again; elsewhere they are linked, or else written with the first save.
         """
-        source = next(iter(folders_of(folder)[1:]), None)
-        if source is None or not all_true(self._holds_my_frozen(source)):
+        source = together(lambda: next(iter(folders_of(folder)[1:]), None))
+        if source is None or not all_true(together(lambda: self._holds_my_frozen(source))):
             return
         target = self.checkpoints / source.name
         if all_true(self.groups.rank != 0 or _linked(source, target)):

@@ -12,8 +12,7 @@ from pathlib import Path
 import xxhash
 from tqdm import tqdm
 
-from megatron_atum.checkpoint.files import refuse_existing
-from megatron_atum.checkpoint.files import new_folder, write_json
+from megatron_atum.checkpoint.files import new_folder, refuse_existing, write_json
 from megatron_atum.checkpoint.folder import ASSETS, STATE, folders_of, read_record
 from megatron_atum.checkpoint.index import INDEX, Written, read_index
 from megatron_atum.checkpoint.stored import RunState, StoredCheckpoint, complete, write_state

@@ -27,6 +27,8 @@ PARTS = {  # part: how the names of its parameters start
     "head": r"head\.base\.",
     "added": r"(embedding|head)\.added\.",
 }
+# In a checkpoint of bf16 training: weight, fp32 copy, two moments; and weight alone.
+BYTES_TRAINABLE, BYTES_FROZEN = 2 + 4 + 2 * 4, 2
 
 
 @dataclass
@@ -77,7 +79,9 @@ def table(counts: dict[str, Count]) -> str:
     lines = [f"{'part':16}{'total':>17}{'trainable':>17}{'frozen':>17}"]
     lines += [f"{part:16}{c.total:17,}{c.trainable:17,}{c.frozen:17,}" for part, c in counts.items()]
     sums = {"total": whole.total, "trainable": whole.trainable, "frozen": whole.frozen}
-    return "\n".join([*lines, *(f"{name:16}{number:17,}" for name, number in sums.items())])
+    lines += [f"{name:16}{number:17,}" for name, number in sums.items()]
+    each, once = whole.trainable * BYTES_TRAINABLE, whole.frozen * BYTES_FROZEN
+    return "\n".join([*lines, f"on disk in bf16: {each / 1e9:.1f} GB each checkpoint, {once / 1e9:.1f} GB once"])
 
 
 def main(arguments: list[str] | None = None) -> int:

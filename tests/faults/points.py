@@ -50,6 +50,7 @@ class Points:
         self.folder, self.kill = folder, kill
         self._prefix = str(checkpoints) + "/"
         self.counts: Counter[str] = Counter()
+        self.order: list[str] = []
         self._lock = threading.RLock()
         self._phase = threading.local()
         self._dying = False
@@ -59,6 +60,7 @@ class Points:
             if self._dying:
                 return
             self.counts[name] += 1
+            self.order.append(name)
             kill = self.kill
             if kill is not None and kill.point == name and kill.time == self.counts[name]:
                 self._dying = True
@@ -68,9 +70,9 @@ class Points:
 
     def at_file(self, what: str, path: str) -> None:
         """A point at an operation on a file of the checkpoints."""
-        if path.startswith(self._prefix):
-            place = re.sub(r"[0-9a-f]{16}", "H", re.sub(r"\d{8}", "N", path.removeprefix(self._prefix)))
-            self.passed(f"{getattr(self._phase, 'name', 'files')}: {what} {place}")
+        if (path + "/").startswith(self._prefix):
+            place = re.sub(r"[0-9a-f]{16}", "H", re.sub(r"\d{8}", "N", (path + "/").removeprefix(self._prefix)))
+            self.passed(f"{getattr(self._phase, 'name', 'files')}: {what} {place.rstrip('/') or '.'}")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -89,7 +91,7 @@ class Points:
         @wraps(inner)
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.passed(f"{point} begins")
-            with self.phase(phase or getattr(self._phase, "name", "files")):
+            with self.phase(phase or str(getattr(self._phase, "name", "files"))):
                 result = inner(*args, **kwargs)
             self.passed(f"{point} is over")
             return result
@@ -118,7 +120,7 @@ class Points:
             self.at_file("fsync", os.readlink(f"/proc/self/fd/{handle}"))
             fsync(handle)
 
-        os.fsync = counted
+        os.fsync = counted  # type: ignore
 
 
 def write_death(folder: Path, checkpoints: Path, point: str) -> None:
@@ -138,7 +140,8 @@ def install(points: Points) -> None:
     _count_halves(points, tensor_file.TensorFileWriter, metrics.MetricsFile)
     points.around(RunCheckpoint, "_start", "save: copying")
     points.around(run_checkpoint.Staging, "copy", "save: staging")
-    run_checkpoint.Thread = type("Thread", (threading.Thread,), {})  # the library's own starts threads elsewhere too
+    # The library's own class starts threads elsewhere too.
+    run_checkpoint.Thread = type("Thread", (threading.Thread,), {})  # type: ignore
     points.around(run_checkpoint.Thread, "start", "save: thread's start")
     points.around(RunCheckpoint, "_write_files", "save: writing")
     points.around(RunCheckpoint, "_finish", "save: finishing")

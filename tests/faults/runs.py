@@ -123,7 +123,7 @@ def train(
         hook(rank)
     sys.argv = ["pretrain_atum.py", *overrides, f"logging.root={root}"]
     runpy.run_path(str(ROOT / "pretrain_atum.py"), run_name="__main__")
-    (Path(root) / f"points-{rank}.json").write_text(json.dumps(points.counts))
+    (Path(root) / f"points-{rank}.json").write_text(json.dumps(points.order))
 
 
 def _draw_each_step() -> None:

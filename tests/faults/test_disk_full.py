@@ -90,7 +90,7 @@ def break_save(where: str, bad_rank: int, step: int, rank: int) -> None:
                 raise full()
             put(self, content)
 
-        tensor_file.TensorFileWriter._put = broken_put  # type: ignore[method-assign]
+        tensor_file.TensorFileWriter._put = broken_put  # type: ignore
     elif where == "fsync":
         fsync = os.fsync
 
@@ -99,7 +99,7 @@ def break_save(where: str, bad_rank: int, step: int, rank: int) -> None:
                 raise full(errno.EDQUOT)
             fsync(handle)
 
-        os.fsync = broken_fsync
+        os.fsync = broken_fsync  # type: ignore
     else:
         sync = files.sync
 
@@ -172,7 +172,7 @@ def before_save_and_after_failure(step: int, spoil: Any, mend: Any) -> None:
         if any(one.error for one in saves):
             mend()
 
-    RunCheckpoint.save, Trainer._tell = spoiled, mended  # type: ignore[method-assign]
+    RunCheckpoint.save, Trainer._tell = spoiled, mended  # type: ignore
 
 
 def full_device(checkpoints: Path, rank: int) -> None:
@@ -266,8 +266,8 @@ def fill_disk_for_long(root: Path, rank: int) -> None:
         return write_items(folder, *args)
 
     fill_disk(root, 0, rank)
-    Trainer._log = logging if rank == 0 else log  # type: ignore[method-assign]
-    run_checkpoint.write_items = held_up if rank == 0 else write_items
+    Trainer._log = logging if rank == 0 else log  # type: ignore
+    run_checkpoint.write_items = held_up if rank == 0 else write_items  # type: ignore
 
 
 @pytest.mark.root

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -72,7 +73,11 @@ class Runs:
         self.story = cache(self._story)
 
     def overrides(self, setting: Setting) -> list[str]:
-        saving = [f"training.steps={STEPS}", f"checkpoint.save_every={setting.every}", f"checkpoint.keep={setting.keep}"]
+        saving = [
+            f"training.steps={STEPS}",
+            f"checkpoint.save_every={setting.every}",
+            f"checkpoint.keep={setting.keep}",
+        ]
         return [*SMALL, *data_overrides(self.data), *saving, *setting.overrides]
 
     def _reference(self, name: str) -> Path:
@@ -84,7 +89,7 @@ class Runs:
     def points(self, name: str) -> list[dict[str, int]]:
         """By rank, how often an uninterrupted run passes each point."""
         root = self.reference(name)
-        return [json.loads((root / f"points-{rank}.json").read_text()) for rank in range(SETTINGS[name].world_size)]
+        return [Counter(order_of(root, rank)) for rank in range(SETTINGS[name].world_size)]
 
     def _story(self, seed: int) -> Story:
         chance = random.Random(seed)
@@ -113,6 +118,11 @@ class Runs:
         story.kills.append(kill)
         story.deaths.append(outcome.death)
         story.saved.append(max((event["step"] for event in events_of(story.root, "save")), default=0))
+
+
+def order_of(root: Path, rank: int) -> list[str]:
+    """The points that a rank of an uninterrupted run passed, in order."""
+    return json.loads((root / f"points-{rank}.json").read_text())
 
 
 def choose(points: list[dict[str, int]], group: str, chance: random.Random) -> Kill | Clock:
@@ -188,6 +198,28 @@ def test_the_seeds_cover_what_they_should(runs: Runs) -> None:
     settings = {runs.story(seed).setting for seed in range(SEEDS) if runs.story(seed).deaths}
     assert settings == set(SETTINGS)
     assert {kill.rank for seed in range(SEEDS) for kill in runs.story(seed).kills} >= {0, 1}
+
+
+@pytest.mark.parametrize("name", ["pp2 synchronous", "dp2"])
+def test_everything_is_on_disk_before_it_counts(name: str, runs: Runs) -> None:
+    """A kill does not empty the page cache; a power cut does. So here is the order of the calls for each save."""
+    root = runs.reference(name)
+    files = [
+        path.relative_to(folder) for folder in step_folders(checkpoints_of(root))[:1] for path in folder.rglob("*")
+    ]
+    order = [point.split(": ", 1)[1] for point in order_of(root, 0)]
+    renames = [place for place, point in enumerate(order) if point == "rename step-N"]
+    assert len(renames) == STEPS // SETTINGS[name].every
+    for begin, end in zip([0, *renames], renames, strict=False):
+        save = order[begin:end]
+        for file in files:
+            last_fsync = len(save) - save[::-1].index(f"fsync step-N.tmp/{file}")
+            changes = (f"open step-N.tmp/{file}", f"middle of step-N.tmp/{file}", f"rename step-N.tmp/{file}")
+            assert not set(changes) & set(save[last_fsync:]), file
+        opened = [point for point in save if point.startswith(("open step-N", "middle of step-N"))]
+        assert opened[-1] == "open step-N.tmp/complete.json.tmp"  # the record is the last file
+        after = order[end:]
+        assert after.index("fsync .") < after.index("retiring begins")  # old ones go when the new name is on disk
 
 
 def test_a_run_without_kills_draws_and_saves(runs: Runs) -> None:

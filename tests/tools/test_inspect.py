@@ -204,9 +204,13 @@ def change_index(folder: Path, change: Any) -> None:
     [
         (lambda tensors: tensors[NAME]["chunks"][0].__setitem__(3, 10**9), "does not hold"),
         (lambda tensors: tensors[NAME]["chunks"][0].__setitem__(3, tensors[NAME]["chunks"][0][3] + 4), "does not hold"),
+        (
+            lambda tensors: tensors[NAME].update(dtype={"BF16": "F16", "F32": "I32"}[tensors[NAME]["dtype"]]),
+            "does not hold",
+        ),
         (lambda tensors: tensors.pop(NAME), "does not name"),
     ],
-    ids=["beyond the file", "in another place", "not at all"],
+    ids=["beyond the file", "in another place", "as another dtype", "not at all"],
 )
 def test_an_index_that_is_not_true(change: Any, said: str, imported: Path, capsys: Capture) -> None:
     change_index(next(imported.glob("frozen-*")), change)
@@ -280,7 +284,12 @@ def test_python_keeps_its_own_modules_and_nothing_large_is_loaded(imported: Path
     code = """
 import sys
 tool, sys.argv = sys.argv[1], sys.argv[1:]
-sys.path.insert(0, tool.rpartition("/")[0])
+folder = tool.rpartition("/")[0]
+for name in ("copy", "inspect"):
+    sys.path.insert(0, folder)
+    sys.modules.pop(name, None)
+    assert not __import__(name).__file__.startswith(folder) and folder not in sys.path, name
+sys.path.insert(0, folder)
 for name in ("copy", "inspect", "dataclasses"):
     sys.modules.pop(name, None)
 try:
