@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import xxhash
 from tqdm import tqdm
 
-from megatron_atum.checkpoint.files import new_folder, refuse_existing, write_json
+from megatron_atum.checkpoint.files import check_room, new_folder, refuse_existing, write_json
 from megatron_atum.checkpoint.folder import ASSETS, STATE, folders_of, read_record
 from megatron_atum.checkpoint.index import INDEX, Written, read_index
 from megatron_atum.checkpoint.stored import RunState, StoredCheckpoint, complete, write_state
@@ -55,7 +54,7 @@ def copy_standalone(folder: Path, out: Path, *, weights_only: bool = False, prog
         new_folder(out) as aside,
         tqdm(total=total, desc=f"copying {folder.name}", unit="B", unit_scale=True, disable=not progress) as bar,
     ):
-        _check_room(aside, total)
+        check_room(aside, total + _SPARE)
         records = [_copy(file, aside / file.name, bar.update) for file in files]
         _write_state(aside, state, weights_only)
         complete(aside, [record for record in records if not record.name.startswith(f"{ASSETS}/")], written)
@@ -96,14 +95,6 @@ def _files(place: Path, prefix: str, used: set[str]) -> Iterator[_File]:
             yield _File(place, record, prefix + record.name)
         elif record.name.startswith(f"{ASSETS}/"):
             yield _File(place, record, record.name)
-
-
-def _check_room(aside: Path, wanted: int) -> None:
-    free = shutil.disk_usage(aside).free
-    if free < wanted + _SPARE:
-        raise CheckpointError(
-            f"{aside.parent} has {free / 1e9:.1f} GB free; {(wanted + _SPARE) / 1e9:.1f} GB are needed"
-        )
 
 
 def _copy(file: _File, target: Path, progress: Callable[[int], object]) -> FileRecord:

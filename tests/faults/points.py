@@ -147,7 +147,7 @@ def install(points: Points) -> None:
     points.around(RunCheckpoint, "_finish", "save: finishing")
     points.around(run_checkpoint.dist, "gather_object", "save: gathering")
     points.around(RunCheckpoint, "_commit", "commit: all", phase="commit")
-    for name in ("write_state", "write_assets", "complete", "complete_frozen", "commit_folder"):
+    for name in ("write_state", "add_assets", "complete", "complete_frozen", "commit_folder"):
         points.around(run_checkpoint, name, f"commit: {name}")
     points.around(run_checkpoint, "retire_old", "removal: retiring", phase="removal")
     points.around(run_checkpoint, "remove", "removal: removing", phase="removal")
@@ -159,6 +159,35 @@ def install(points: Points) -> None:
     points.around(Engine, "step", "step: step")
     points.around(trainer.Trainer, "_log", "step: logging")
     points.around(trainer.Trainer, "_tell", "save: telling")
+
+
+def hold_up_saves(rank: int) -> None:
+    """A save beside the training writes nothing before the next step is over, as that of a large model may."""
+    from megatron_atum.checkpoint.run_checkpoint import RunCheckpoint
+    from megatron_atum.training.engine import Engine
+
+    moved = threading.Event()
+    write, finish, step, start = RunCheckpoint._write_files, RunCheckpoint._finish, Engine.step, RunCheckpoint._start
+
+    def starting(self: Any, *args: Any) -> Any:
+        moved.clear()
+        return start(self, *args)
+
+    def stepping(self: Any, batches: Any) -> Any:
+        result = step(self, batches)
+        moved.set()
+        return result
+
+    def finishing(self: Any, job: Any) -> None:  # there may be no next step
+        moved.set()
+        finish(self, job)
+
+    def writing(self: Any, job: Any) -> Any:
+        moved.wait()
+        return write(self, job)
+
+    RunCheckpoint._start, RunCheckpoint._write_files = starting, writing  # type: ignore
+    RunCheckpoint._finish, Engine.step = finishing, stepping  # type: ignore
 
 
 def _count_halves(points: Points, writer: Any, metrics: Any) -> None:

@@ -20,8 +20,19 @@ import torch
 
 from megatron_atum.checkpoint.folder import damaged, folders_of, missing, step_folders
 from megatron_atum.checkpoint.reader import CheckpointReader
-from tests.faults.points import GROUPS, Kill
-from tests.faults.runs import FROZEN, SMALL, Clock, checkpoints_of, data_overrides, events_of, lines_of, numbers_of, run
+from tests.faults.points import GROUPS, Kill, hold_up_saves
+from tests.faults.runs import (
+    FROZEN,
+    SMALL,
+    Clock,
+    Outcome,
+    checkpoints_of,
+    data_overrides,
+    events_of,
+    lines_of,
+    numbers_of,
+    run,
+)
 
 SEEDS = int(os.environ.get("SEEDS", "24"))
 STEPS = 6
@@ -35,15 +46,16 @@ class Setting:
     overrides: list[str]
     every: int = 2  # checkpoint.save_every
     keep: int = 2
+    held_up: bool = False  # saves take longer than a step
 
 
 SETTINGS = {
     "pp2": Setting(2, ["parallel.pipeline=2"]),
-    "dp2": Setting(2, ["data.workers=1"]),
+    "dp2": Setting(2, ["data.workers=1"], held_up=True),
     "dp2 bf16, overlapped gather": Setting(2, ["optimizer.overlap_param_gather=true", "training.precision=bf16"], 1),
     "dp2 frozen": Setting(2, [FROZEN], every=1, keep=1),
     "pp2 synchronous": Setting(2, ["parallel.pipeline=2", "checkpoint.asynchronous=false"]),
-    "tp2pp2 frozen": Setting(4, ["parallel.tensor=2", "parallel.pipeline=2", FROZEN]),
+    "tp2pp2 frozen": Setting(4, ["parallel.tensor=2", "parallel.pipeline=2", FROZEN], held_up=True),
 }
 
 
@@ -80,9 +92,13 @@ class Runs:
         ]
         return [*SMALL, *data_overrides(self.data), *saving, *setting.overrides]
 
+    def _run(self, root: Path, setting: Setting, kill: Kill | Clock | None = None, outlive_s: float = 0.0) -> Outcome:
+        hook = hold_up_saves if setting.held_up else None
+        return run(root, self.overrides(setting), setting.world_size, kill, outlive_s=outlive_s, hook=hook)
+
     def _reference(self, name: str) -> Path:
         root, setting = self.folder / name.replace(" ", "_"), SETTINGS[name]
-        outcome = run(root, self.overrides(setting), setting.world_size)
+        outcome = self._run(root, setting)
         assert outcome.codes == [0] * setting.world_size, outcome.logs
         return root
 
@@ -101,14 +117,14 @@ class Runs:
             kills.append(choose(self.points(name), chance.choice(["start", *groups]), chance))
         for kill in kills:
             self._kill(story, setting, kill, chance.uniform(0, 0.3))
-        last = run(story.root, self.overrides(setting), setting.world_size)
+        last = self._run(story.root, setting)
         story.codes, story.log = last.codes, "\n".join(last.logs)
         if story.deaths:
             story.began.append(start_of(story.root))
         return story
 
     def _kill(self, story: Story, setting: Setting, kill: Kill | Clock, outlive_s: float) -> None:
-        outcome = run(story.root, self.overrides(setting), setting.world_size, kill, outlive_s=outlive_s)
+        outcome = self._run(story.root, setting, kill, outlive_s)
         if story.deaths:
             story.began.append(start_of(story.root))
         if outcome.death is None:  # a resumed run may not come to the point, and a run may end before the time
@@ -211,13 +227,15 @@ def test_everything_is_on_disk_before_it_counts(name: str, runs: Runs) -> None:
     renames = [place for place, point in enumerate(order) if point == "rename step-N"]
     assert len(renames) == STEPS // SETTINGS[name].every
     for begin, end in zip([0, *renames], renames, strict=False):
-        save = order[begin:end]
+        save = [point.removesuffix(".tmp") for point in order[begin:end]]
         for file in files:
-            last_fsync = len(save) - save[::-1].index(f"fsync step-N.tmp/{file}")
-            changes = (f"open step-N.tmp/{file}", f"middle of step-N.tmp/{file}", f"rename step-N.tmp/{file}")
-            assert not set(changes) & set(save[last_fsync:]), file
+            changes = [f"{what} step-N.tmp/{file}" for what in ("open", "middle of", "mkdir")]
+            changed = [place for place, point in enumerate(save) if point in changes]
+            synced = [place for place, point in enumerate(save) if point == f"fsync step-N.tmp/{file}"]
+            assert synced and max(synced) > max(changed, default=-1), file
         opened = [point for point in save if point.startswith(("open step-N", "middle of step-N"))]
-        assert opened[-1] == "open step-N.tmp/complete.json.tmp"  # the record is the last file
+        assert opened[-1] == "open step-N.tmp/complete.json"  # the record is the last file
+        assert max(place for place, point in enumerate(save) if point == "fsync step-N") > save.index(opened[-1])
         after = order[end:]
         assert after.index("fsync .") < after.index("retiring begins")  # old ones go when the new name is on disk
 

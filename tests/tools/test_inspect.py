@@ -279,34 +279,30 @@ def test_wrong_use(run: Path, tmp_path: Path, capsys: Capture) -> None:
 # The tools folder -----------------------------------------------------------------------------------------------------
 
 
-def test_python_keeps_its_own_modules_and_nothing_large_is_loaded(imported: Path) -> None:
-    """inspect.py and copy.py lie first on the path of every tool, where Python has modules of these names."""
+def test_python_keeps_its_own_module_and_nothing_large_is_loaded(imported: Path) -> None:
+    """inspect.py lies first on the path of every tool, where Python has a module of this name."""
     code = """
 import sys
 tool, sys.argv = sys.argv[1], sys.argv[1:]
 folder = tool.rpartition("/")[0]
-for name in ("copy", "inspect"):
-    sys.path.insert(0, folder)
-    sys.modules.pop(name, None)
-    assert not __import__(name).__file__.startswith(folder) and folder not in sys.path, name
 sys.path.insert(0, folder)
-for name in ("copy", "inspect", "dataclasses"):
+for name in ("inspect", "dataclasses"):
     sys.modules.pop(name, None)
 try:
     exec(compile(open(tool).read(), tool, "exec"), {"__name__": "__main__", "__doc__": "x", "__file__": tool})
 except SystemExit as end:
     assert not end.code
-import copy, inspect
-assert inspect.signature and copy.deepcopy, (inspect, copy)
+import inspect
+assert inspect.signature and not inspect.__file__.startswith(folder) and folder not in sys.path, inspect
 assert not {"megatron", "transformers"} & sys.modules.keys()
 """
-    for tool in ("inspect.py", "copy.py"):
-        place = ROOT / "tools/checkpoint" / tool
-        options = [imported] if tool == "inspect.py" else ["--checkpoint", imported, "--out", imported / "copied"]
-        command = [sys.executable, "-c", code, place, *options]
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
+    for tool, *options in (
+        ("inspect.py", imported),
+        ("standalone.py", "--checkpoint", imported, "--out", imported / "copied"),
+    ):
+        command = [sys.executable, "-c", code, ROOT / "tools/checkpoint" / tool, *options]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
 
 

@@ -1,29 +1,21 @@
 """Copy a checkpoint with the frozen weights that it needs into one folder that needs no other.
 
-    python tools/checkpoint/copy.py --checkpoint runs/tiny --out moved
-    python tools/checkpoint/copy.py --checkpoint runs/tiny --step 100 --out moved
-    python tools/checkpoint/copy.py --checkpoint runs/tiny/checkpoints/step-00000100 --out weights --weights-only
+    python tools/checkpoint/standalone.py --checkpoint runs/tiny --out moved
+    python tools/checkpoint/standalone.py --checkpoint runs/tiny --step 100 --out moved
+    python tools/checkpoint/standalone.py --checkpoint runs/tiny/checkpoints/step-00000100 --out weights --weights-only
 
 Given a run folder it takes the newest complete checkpoint. Files are copied byte for byte and compared with their
 checksums on the way: a damaged checkpoint is refused. `pretrain_atum.py checkpoint.load=moved` goes on from the copy,
 and with `--weights-only`, which leaves optimizer and random state out, `checkpoint.init=weights` starts from it.
 """
 
-from __future__ import annotations
+import argparse
+from pathlib import Path
 
-import os
-import sys
-
-# All other imports are made when they are needed; the end of this file says why.
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    import argparse
+from megatron_atum.checkpoint.command import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
-    import argparse
-    from pathlib import Path
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or checkpoint folder")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
@@ -43,13 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from megatron_atum.checkpoint.command import run_command
-
-    run_command("copy", main)
-elif __name__ == "copy":
-    # A tool of this folder, or what it imports, wants Python's own module, which this file hides: its folder is first
-    # on the path of every tool here. None of them needs it there.
-    here = os.path.realpath(os.path.dirname(__file__))
-    sys.path[:] = [place for place in sys.path if os.path.realpath(place) != here]
-    del sys.modules[__name__]
-    __import__(__name__)
+    run_command("standalone", main)
