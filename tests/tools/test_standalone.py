@@ -29,7 +29,7 @@ def test_copies_the_newest_step_or_the_one_that_is_named(
         standalone.main, capsys, "--checkpoint", checkpoint, "--step", "0", "--out", tmp_path / "2", "--weights-only"
     )
     assert done.code == 0 and (tmp_path / "2/state.json").exists()
-    done = call(standalone.main, capsys, *step, "7", "--out", tmp_path / "3")
+    done = call(standalone.main, capsys, "--checkpoint", checkpoint, "--step", "7", "--out", tmp_path / "3")
     assert done.code == 2 and "step-00000007" in done.err
 
 
