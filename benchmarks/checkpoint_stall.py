@@ -61,9 +61,7 @@ def main() -> None:
 def _check_space(folder: Path, gib: float) -> None:
     need, free = int(gib * WORLD_SIZE * 4 * 2**30), shutil.disk_usage(folder).free
     if free < need:
-        raise SystemExit(
-            f"{folder} has {free / 2**30:.1f} GiB free, {need / 2**30:.1f} are needed: use --folder"
-        )
+        raise SystemExit(f"{folder} has {free / 2**30:.1f} GiB free, {need / 2**30:.1f} are needed: use --folder")
 
 
 def measure(rank: int, gib: float, rounds: int, folder: str) -> dict[str, Any]:

@@ -48,6 +48,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        for place, _, files in os.walk(aside):
+            for file in files:
+                sync(Path(place, file))
         commit_folder(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -55,12 +58,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def commit_folder(aside: Path, path: Path) -> None:
-    """Rename a fully written folder into place."""
-    for place, _, files in os.walk(aside):
-        for file in files:
-            sync(Path(place, file))
+    """Rename a folder into place whose files are on disk."""
+    for place, _, _ in os.walk(aside):
         sync(Path(place))
-    old = path.with_name(path.name + ".old")
+    old = path.with_name(path.name + ".old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)

@@ -74,7 +74,7 @@ def read_record(folder: Path) -> list[FileRecord]:
     except FileNotFoundError:
         reason = "it is not there" if folder.is_dir() else "there is no such folder"
         raise CheckpointError(f"no {COMPLETE}: {reason}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"no readable {COMPLETE}: {error}") from None
 
 
@@ -104,7 +104,11 @@ def _size_problem(folder: Path, record: FileRecord) -> str:
         size = (folder / record.name).stat().st_size
     except OSError:
         return f"{record.name} is missing"
-    return "" if size == record.size else f"{record.name} has {size} bytes, not {record.size}"
+    if size != record.size:
+        return f"{record.name} has {size} bytes, not {record.size}"
+    if record.name == STATE and checksum_of(folder / STATE) != record.checksum:  # read before all files are checked
+        return f"{STATE} does not hold what was written (checksum)"
+    return ""
 
 
 def frozen_of(folder: Path) -> Path | None:
@@ -114,7 +118,7 @@ def frozen_of(folder: Path) -> Path | None:
         return None
     try:
         name = json.loads(path.read_text())["frozen"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from None
     if name is None:
         return None
@@ -198,7 +202,6 @@ def retire_old(checkpoints: Path, newest: Path, keep: int, keep_every: int) -> l
 
 
 def _retire(folder: Path) -> Path:
-    (folder / COMPLETE).unlink(missing_ok=True)  # first: where a renaming is a copy, it must not count midway
     retired = folder.with_name(folder.name + ".old.tmp")
     folder.rename(retired)
     return retired

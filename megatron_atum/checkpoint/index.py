@@ -121,7 +121,7 @@ def read_index(folder: Path) -> Index:
         for key, tensor in index.items():
             if problem := _gap(tensor):
                 raise ValueError(f"{key}: {problem}")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
     return index
 
@@ -145,7 +145,7 @@ def _shape(value: Any) -> Shape:
 
 
 def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{value!r} is not a natural number")
     return value
 

@@ -21,7 +21,15 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from megatron_atum.checkpoint.files import aside_of, commit_folder
-from megatron_atum.checkpoint.folder import folders_of, missing, remove, remove_unfinished, retire_old, step_folder
+from megatron_atum.checkpoint.folder import (
+    damaged,
+    folders_of,
+    missing,
+    remove,
+    remove_unfinished,
+    retire_old,
+    step_folder,
+)
 from megatron_atum.checkpoint.hf_folder import check_same_model
 from megatron_atum.checkpoint.index import Written, read_index
 from megatron_atum.checkpoint.rank_tensors import ExactWeights, RankTensors, Staging, load_optimizer, stored_random
@@ -125,7 +133,7 @@ class RunCheckpoint:
         over = self.wait()
         job = self._start(step, data)
         if self.config.checkpoint.asynchronous:
-            _thread(f"save-{step}", self._write, job)
+            self._write_beside(job)
         else:
             self._write(job)
         job.blocked_s = time.perf_counter() - job.began
@@ -185,6 +193,12 @@ class RunCheckpoint:
             began=began,
         )
 
+    def _write_beside(self, job: _Job) -> None:
+        try:
+            _thread(f"save-{job.step}", self._write, job)
+        except RuntimeError:  # the machine has no thread left: slower, and still saved
+            self._write(job)
+
     def _write(self, job: _Job) -> None:
         """This rank's files. Runs in a thread; must not communicate."""
         try:
@@ -241,9 +255,12 @@ class RunCheckpoint:
         records = [record for result in results for record in result.records]
         complete(aside, records, [chunk for result in results for chunk in result.written])
         commit_folder(aside, job.folder)
-        checkpoint = self.config.checkpoint
-        old = retire_old(self.checkpoints, job.folder, checkpoint.keep, checkpoint.keep_every)
-        self._removal = _thread("remove", remove, old)
+        self._removal = _thread("remove", self._remove_old, job.folder)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Runs in a thread of rank 0: looking through many files, and freeing large ones, takes its time."""
+        keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
+        remove(retire_old(self.checkpoints, newest, keep, keep_every))
 
     def _commit_frozen(self, results: list[_Result]) -> str:
         records = [record for result in results for record in result.frozen_records]
@@ -252,7 +269,7 @@ class RunCheckpoint:
         name = complete_frozen(
             self._frozen_aside, records, [chunk for result in results for chunk in result.frozen_written]
         )
-        if missing(self.checkpoints / name):
+        if not _is_whole(self.checkpoints / name):
             commit_folder(self._frozen_aside, self.checkpoints / name)
         else:
             shutil.rmtree(self._frozen_aside)
@@ -319,9 +336,17 @@ def _thread(name: str, work: Callable[..., None], *args: Any) -> Thread:
     return thread
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of frozen weights holds what was written into it; every file is read."""
+    try:
+        return not missing(folder) and not damaged(folder)
+    except CheckpointError:
+        return False
+
+
 def _linked(source: Path, target: Path) -> bool:
     """Have a folder of frozen weights at another place without copying it; False where that is not possible."""
-    if source.resolve() == target.resolve() or not missing(target):
+    if source.resolve() == target.resolve() or _is_whole(target):
         return True
     aside = aside_of(target)
     try:

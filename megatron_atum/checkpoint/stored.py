@@ -89,7 +89,7 @@ def read_state(folder: Path) -> RunState:
         content = json.loads((folder / STATE).read_text())
         keys = ("step", "layout", "config", "data", "scheduler", "optimizer_steps", "versions")
         return RunState(folder, model=_model(content["config"]["model"]), **{key: content[key] for key in keys})
-    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OmegaConfBaseException) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read: {error!r}") from None
 
 

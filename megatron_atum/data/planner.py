@@ -89,16 +89,21 @@ class Planner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a position of this same stream. Raises DataError when the state belongs to another stream."""
+        if not isinstance(state, Mapping):
+            raise DataError(f"data state cannot be used: it is {state!r:.40}; start a new run")
         if state.get("version") != STATE_VERSION:
             raise DataError(f"data state has version {state.get('version')!r}, not {STATE_VERSION}; start a new run")
-        if state["hash"] != self.hash:
+        if state.get("hash") != self.hash:
             raise DataError(
-                f"data state belongs to another data stream (hash {state['hash'][:12]}, now {self.hash[:12]}): shards, "
+                f"data state belongs to another data stream (hash {state.get('hash')!s:.12}, now {self.hash:.12}): shards, "
                 "tokenizer, sources, weights, max_images, data.sequence_length or seed changed; "
                 "restore them or start a new run"
             )
-        self._cursors = [_Cursor(*state["sources"][index.name]) for index in self.indexes]
-        self._packs = int(state["packs"])
+        try:
+            self._cursors = [_Cursor(*state["sources"][index.name]) for index in self.indexes]
+            self._packs = int(state["packs"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"data state cannot be used ({error!r}); start a new run") from None
 
     def _furthest_behind(self) -> int:
         """The source with the largest deficit of tokens; the first of equals."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path, self.writes = path, writes
+        self._unwritten = b""
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -28,9 +30,19 @@ class MetricsFile:
         aside.replace(self.path)
 
     def write(self, **values: Any) -> None:
-        if self.writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+        """What a full disk does not take is written later; a run does not end for it."""
+        if not self.writes:
+            return
+        self._unwritten += json.dumps(values).encode() + b"\n"
+        with contextlib.suppress(OSError), self.path.open("ab", buffering=0) as file:
+            end, left = file.tell(), memoryview(self._unwritten)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(end)
+                raise
+            self._unwritten = b""
 
 
 def _step_of(line: str) -> float:
@@ -45,6 +57,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The steps of a metrics file, without events."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if "event" not in line]
+
+
+def _print(line: str) -> None:
+    """A log on a full disk is no reason to end a run."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 class Terminal:
@@ -66,7 +84,7 @@ class Terminal:
         if self.bar is not None:
             self.bar.write(line)
         else:
-            print(line, flush=True)
+            _print(line)
 
     def step(self, values: dict[str, Any]) -> None:
         if not self.shows:
@@ -76,11 +94,10 @@ class Terminal:
             self.bar.set_postfix_str(f"loss {values['loss']:.4f}  {self._speed(values)}")
             self.bar.update()
         elif values["step"] % self.every == 0 or values["step"] == self.total:
-            print(
+            _print(
                 f"step {values['step']}/{self.total}  loss {values['loss']:.4f}  z {values['z_loss']:.2f}  "
                 f"grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  {self._speed(values)}  "
-                f"ETA {self._eta(values['step'])}",
-                flush=True,
+                f"ETA {self._eta(values['step'])}"
             )
 
     def _speed(self, values: dict[str, Any]) -> str:

@@ -42,9 +42,9 @@ from tests.distributed import run_distributed
 from tests.faults.runs import SMALL, checkpoints_of, data_overrides, events_of, run
 
 OLDER, NEWER = 2, 4
-FLIPS = 20
-STATE_FLIPS = 80
-MUTATIONS = 200
+FLIPS = 16
+STATE_FLIPS = 60
+MUTATIONS = 120
 
 
 def overrides(data: Path, *more: str) -> list[str]:
@@ -437,7 +437,7 @@ def test_garbage_in_the_state_at_the_start_of_a_run(root: Path, data: Path) -> N
     path, config = newer(root) / STATE, load_config(None, overrides(data, f"logging.root={root}"))
     before = {file: file.read_bytes() for file in (path, path.with_name(COMPLETE))}
     found = []
-    for number in range(100):
+    for number in range(60):
         path.write_bytes(mutate(before[path].decode(), random.Random(number)))
         record_again(path.parent)
         try:
