@@ -95,8 +95,8 @@ class Planner:
             raise DataError(f"data state has version {state.get('version')!r}, not {STATE_VERSION}; start a new run")
         if state.get("hash") != self.hash:
             raise DataError(
-                f"data state belongs to another data stream (hash {state.get('hash')!s:.12}, now {self.hash:.12}): shards, "
-                "tokenizer, sources, weights, max_images, data.sequence_length or seed changed; "
+                f"data state belongs to another data stream (hash {state.get('hash')!s:.12}, now {self.hash:.12}): "
+                "shards, tokenizer, sources, weights, max_images, data.sequence_length or seed changed; "
                 "restore them or start a new run"
             )
         try:
