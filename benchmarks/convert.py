@@ -2,14 +2,15 @@
 
 Makes an IDEFICS folder of random bf16 weights, then in each round, in changing order,
 
-    cp      `cp --reflink=never` of its weights, with fsync of every copy and of their folder
-    import  tools/checkpoint/hf_to_atum.py, from start to end of its process
-    export  tools/checkpoint/atum_to_hf.py of what was imported
+    import  tools/checkpoint/hf_to_atum.py, from start to end of its process, against
+    cp      `cp --reflink=never` of the files it reads, with fsync of every copy and of their folder
+    export  tools/checkpoint/atum_to_hf.py of what was imported, against
+    cp      of the files that it reads
 
 A ratio is the time of `cp` divided by that of the conversion in the same round; the median over the rounds counts. All
-three read the same bytes from the page cache if they fit into memory, and write to the same disk until everything is
-on it. Peak memory is `ru_maxrss` of the conversion's process, which counts mapped files too. At the end the exported
-tensors are compared with the first ones, bit for bit.
+read their files from the disk: they are put out of the page cache before, as those of a model larger than the memory
+would be. All write to the same disk until everything is on it. Peak memory is `ru_maxrss` of the conversion's process,
+which counts mapped files too. At the end the exported tensors are compared with the first ones, bit for bit.
 
     python benchmarks/convert.py                      # 8 GiB; table; one JSON object on the last line
     python benchmarks/convert.py --gib 40 --folder /mnt/disk --rounds 5
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,18 +88,27 @@ def make_model(size: int) -> ModelConfig:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(folder.rglob("*.safetensors"))
 
 
 def copy(source: Path, out: Path) -> float:
     """Seconds of a copy with everything on disk."""
     out.mkdir()
     start = time.perf_counter()
-    for file in weight_files(source):
-        subprocess.run(["cp", "--reflink=never", str(file), str(out)], check=True)
-        sync(out / file.name)
+    for number, file in enumerate(weight_files(source)):
+        subprocess.run(["cp", "--reflink=never", str(file), str(out / str(number))], check=True)
+        sync(out / str(number))
     sync(out)
     return time.perf_counter() - start
+
+
+def put_out_of_cache(folder: Path) -> None:
+    """The next to read these files gets them from the disk."""
+    os.sync()
+    for file in weight_files(folder):
+        handle = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
 
 
 def sync(path: Path) -> None:
@@ -136,44 +146,48 @@ def differences(ours: Path, theirs: Path) -> Iterator[str]:
                 yield name
 
 
-def one_round(folder: Path, backwards: bool) -> dict[str, tuple[float, int]]:
-    """Seconds and peak memory of each. The export needs the import, so the copy changes its place."""
-    source, atum, hf, copied = (folder / name for name in ("source", "atum", "exported", "copied"))
-    for made in (atum, hf, copied):
+def one_round(folder: Path, backwards: bool) -> dict[str, float]:
+    """Seconds of each conversion and of the copy it is compared with, and peak memory in bytes."""
+    source, atum, hf = (folder / name for name in ("source", "atum", "exported"))
+    for made in (atum, hf):
         shutil.rmtree(made, ignore_errors=True)
-    os.sync()
-    steps: dict[str, Callable[[], tuple[float, int]]] = {
-        "cp": lambda: (copy(source, copied), 0),
-        "import": lambda: convert("hf_to_atum.py", "--hf", source, "--out", atum),
-        "export": lambda: convert("atum_to_hf.py", "--checkpoint", atum, "--out", hf),
-    }
-    order = ["import", "export", "cp"] if backwards else ["cp", "import", "export"]
-    result = {}
-    for name in order:
-        result[name] = steps[name]()
-        if name == "cp":
-            shutil.rmtree(copied)
-            os.sync()
-    return result
+    done = {"memory": 0.0}
+    for name, tool, read, *options in (
+        ("import", "hf_to_atum.py", source, "--hf", source, "--out", atum),
+        ("export", "atum_to_hf.py", atum, "--checkpoint", atum, "--out", hf),
+    ):
+        kinds = ("convert", "copy") if backwards else ("copy", "convert")
+        for kind in kinds:
+            put_out_of_cache(read)
+            if kind == "copy":
+                done[f"{name} cp"] = copy(read, folder / "copied")
+                shutil.rmtree(folder / "copied")
+            else:
+                done[name], memory = convert(tool, *options)
+                done["memory"] = max(done["memory"], memory)
+    return done
+
+
+COLUMNS = ("import cp", "import", "export cp", "export")
 
 
 def measure(folder: Path, rounds: int, gib: float) -> dict[str, float]:
-    print(f"{'round':>5} {'cp s':>8} {'import s':>9} {'export s':>9} {'import/cp':>10} {'export/cp':>10}", flush=True)
-    ratios: dict[str, list[float]] = {"import": [], "export": []}
-    seconds: dict[str, list[float]] = {"cp": [], "import": [], "export": []}
-    peak = 0
+    print(" ".join(f"{title:>11}" for title in ("round", "cp s", "import s", "ratio", "cp s", "export s", "ratio")))
+    every = []
     for number in range(rounds):
         done = one_round(folder, backwards=number % 2 == 1)
-        for name, (time_taken, memory) in done.items():
-            seconds[name].append(time_taken)
-            peak = max(peak, memory)
-        for name, found in ratios.items():
-            found.append(done["cp"][0] / done[name][0])
-        times = " ".join(f"{done[name][0]:{width}.2f}" for name, width in (("cp", 8), ("import", 9), ("export", 9)))
-        print(f"{number + 1:>5} {times} {ratios['import'][-1]:>10.2f} {ratios['export'][-1]:>10.2f}", flush=True)
-    speed = {f"{name}_gib_per_s": round(gib / statistics.median(values), 3) for name, values in seconds.items()}
-    medians = {f"{name}_ratio": round(statistics.median(values), 3) for name, values in ratios.items()}
-    return medians | speed | {"peak_rss_gib": round(peak / GIB, 3), "rounds": rounds}
+        done |= {f"{name}_ratio": done[f"{name} cp"] / done[name] for name in ("import", "export")}
+        every.append(done)
+        shown = (done[key] for key in ("import cp", "import", "import_ratio", "export cp", "export", "export_ratio"))
+        print(f"{number + 1:>11} " + " ".join(f"{value:>11.2f}" for value in shown), flush=True)
+
+    def middle(key: str) -> float:
+        return statistics.median(done[key] for done in every)
+
+    ratios = {key: round(middle(key), 3) for key in ("import_ratio", "export_ratio")}
+    speeds = {key.replace(" ", "_") + "_gib_per_s": round(gib / middle(key), 3) for key in COLUMNS}
+    peak = max(done["memory"] for done in every)
+    return ratios | speeds | {"peak_rss_gib": round(peak / GIB, 3), "rounds": rounds}
 
 
 def check_room(folder: Path, size: int) -> None:

@@ -38,7 +38,7 @@ class Backbones:
         seed, dtype: of the drawn weights; dtype of all of them.
         """
         with ExitStack() as opened:
-            self.llama, self.clip = (opened.enter_context(HfFolder(folder)) for folder in (llama, clip))
+            self.llama, self.clip = (opened.enter_context(HfFolder(folder, once=True)) for folder in (llama, clip))
             self.model = self._model(base)
             self._shapes = hf_shapes(self.model)
             self._check_tensors()

@@ -38,7 +38,7 @@ class BinFile(TensorFile):
         first, last, _ = (rows or slice(None)).indices(entry.shape[0])
         shape = (max(0, last - first), *entry.shape[1:])
         start = entry.start + first * strides[0] * entry.dtype.itemsize
-        values = read_tensor(self._fd, self.path, start, (_span(shape, strides),), entry.dtype)
+        values = read_tensor(self._fd, self.path, start, (_span(shape, strides),), entry.dtype, once=self.once)
         return values.as_strided(shape, strides).contiguous()
 
     def _read_entries(self) -> dict[str, Entry]:

@@ -31,12 +31,15 @@ class HfFolder:
 
     `dropped`: names of old files that no implementation reads any more, which are left out.
 
+    Args:
+        once: each tensor is read once (`read_tensor`).
+
     Raises:
         CheckpointError: not such a folder, or one with damaged, unsafe or missing files.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, once: bool = False) -> None:
+        self.path, self._once = Path(path), once
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a folder")
         self.config = self._read_json("config.json")
@@ -116,15 +119,15 @@ class HfFolder:
             raise CheckpointError(f"{self.path}: the index names {name!r}, which is not a file of this folder")
         if name not in self._files:
             kind = BinFile if name.endswith(".bin") else TensorFile
-            self._files[name] = kind(self.path / name)
+            self._files[name] = kind(self.path / name, once=self._once)
         return self._files[name]
 
 
 class IdeficsFolder(HfFolder):
     """An IDEFICS folder whose tensors are exactly those of its configuration."""
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: str | Path, *, once: bool = False) -> None:
+        super().__init__(path, once=once)
         try:
             self.model: ModelConfig = from_hf(self.config, str(self.path / "config.json"))
             check_names(str(self.path), {name: self.shape(name) for name in self.names()}, hf_shapes(self.model))

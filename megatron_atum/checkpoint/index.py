@@ -1,4 +1,4 @@
-"""What tensors a folder of files holds: index.json, and the same as metadata of torch's distributed checkpoints.
+"""What tensors a folder of files holds: index.json.
 
 A tensor is stored in chunks, boxes that together are the whole. Any rank may write any box, so a checkpoint does not
 remember the layout of the run that wrote it.
@@ -14,12 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron_atum.checkpoint.tensor_file import DTYPE_NAMES, DTYPES
 from megatron_atum.errors import CheckpointError
@@ -148,17 +142,3 @@ def _natural(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{value!r} is not a natural number")
     return value
-
-
-def to_metadata(index: Index) -> Metadata:
-    """The same for torch.distributed.checkpoint."""
-    return Metadata(
-        {
-            key: TensorStorageMetadata(
-                TensorProperties(dtype=tensor.dtype),
-                torch.Size(tensor.shape),
-                [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks],
-            )
-            for key, tensor in index.items()
-        }
-    )

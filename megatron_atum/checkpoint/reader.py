@@ -14,13 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from megatron_atum.checkpoint.index import Chunk, Index, StoredTensor, read_index, to_metadata
+from megatron_atum.checkpoint.index import Chunk, Index, StoredTensor, read_index
 from megatron_atum.checkpoint.tensor_file import read_tensor
 from megatron_atum.errors import CheckpointError
 
@@ -28,12 +33,16 @@ from megatron_atum.errors import CheckpointError
 class CheckpointReader(StorageReader):
     """The tensors of some folders (a step and its frozen weights), each with an index.json.
 
+    Args:
+        once: each value is read once (`read_tensor`).
+
     Raises:
         CheckpointError: an index cannot be used, or two folders hold the same tensor.
     """
 
-    def __init__(self, *folders: Path) -> None:
+    def __init__(self, *folders: Path, once: bool = False) -> None:
         self.index: Index = {}
+        self._once = once
         self._folder_of: dict[str, Path] = {}
         for folder in folders:
             index = read_index(folder)
@@ -81,7 +90,8 @@ class CheckpointReader(StorageReader):
             return read_tensor(self._open(path), path, chunk.start, (), stored.dtype)
         row_bytes = math.prod(chunk.sizes[1:]) * stored.dtype.itemsize
         start = chunk.start + item.storage_offsets[0] * row_bytes
-        rows = read_tensor(self._open(path), path, start, (item.lengths[0], *chunk.sizes[1:]), stored.dtype)
+        shape = (item.lengths[0], *chunk.sizes[1:])
+        rows = read_tensor(self._open(path), path, start, shape, stored.dtype, once=self._once)
         return rows[_slices((0, *item.storage_offsets[1:]), item.lengths)]
 
     def _chunk(self, stored: StoredTensor, item: ReadItem) -> Chunk:
@@ -127,6 +137,20 @@ class CheckpointReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return Path(checkpoint_id).is_dir()
+
+
+def to_metadata(index: Index) -> Metadata:
+    """What an index says, for torch.distributed.checkpoint."""
+    return Metadata(
+        {
+            key: TensorStorageMetadata(
+                TensorProperties(dtype=tensor.dtype),
+                torch.Size(tensor.shape),
+                [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks],
+            )
+            for key, tensor in index.items()
+        }
+    )
 
 
 def _slices(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:

@@ -49,7 +49,6 @@ from megatron_atum.checkpoint.folder import (
     write_record,
 )
 from megatron_atum.checkpoint.index import FORMAT, INDEX, Written, merge, to_json
-from megatron_atum.checkpoint.reader import CheckpointReader
 from megatron_atum.checkpoint.source import TensorSource
 from megatron_atum.checkpoint.table import hf_shapes, weight_table
 from megatron_atum.checkpoint.tensor_file import FileRecord, check_finite, converted, row_slices
@@ -113,9 +112,12 @@ def write_state(folder: Path, *, step: int, config: dict[str, Any], frozen: str 
 class StoredCheckpoint:
     """The weights of a checkpoint, a TensorSource, and what belongs to them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, once: bool = False) -> None:
+        """Args: once: each value is read once (`read_tensor`)."""
+        from megatron_atum.checkpoint.reader import CheckpointReader  # slow to import, and writing does without
+
         self.folder, self.state = folder, read_state(folder)
-        self.reader = CheckpointReader(*folders_of(folder))
+        self.reader = CheckpointReader(*folders_of(folder), once=once)
         self.model = self.state.model
         self._check_tensors()
 
@@ -181,13 +183,15 @@ def find_checkpoint(path: Path, step: int | None = None, report: Report = silent
     return found
 
 
-def open_checkpoint(path: Path, step: int | None = None, report: Report = print) -> StoredCheckpoint:
+def open_checkpoint(
+    path: Path, step: int | None = None, report: Report = print, *, once: bool = False
+) -> StoredCheckpoint:
     """Open a checkpoint by run folder or step folder; the newest complete step unless `step` says which.
 
     Raises:
         CheckpointError: there is none, or it is incomplete.
     """
-    return StoredCheckpoint(find_checkpoint(path, step, report))
+    return StoredCheckpoint(find_checkpoint(path, step, report), once=once)
 
 
 # Writing weights -----------------------------------------------------------------------------------------------------

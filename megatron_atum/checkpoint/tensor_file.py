@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatron_atum.checkpoint.direct_file import DirectFile
 from megatron_atum.errors import CheckpointError
 
 # Names of the safetensors format, for what we read or write.
@@ -39,6 +41,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE_BYTES = 4 << 20  # read, checked and written at a time: it fits into a cache, and malloc hands it out again
 _MAX_HEADER = 100_000_000  # the limit of the safetensors package
 _MAX_READ = 1 << 30  # Linux reads at most 2 GiB in one call
+_DROP_AGAIN = 32 << 20
+_AHEAD = 4
 
 T = TypeVar("T")
 
@@ -81,7 +85,7 @@ class TensorFileWriter:
         self._hash = xxhash.xxh3_128()
         self._size = self.entries[-1].start + self.entries[-1].size if self.entries else len(header)
         self._written = 0
-        self._file = path.open("wb", buffering=0)
+        self._file = DirectFile(path)
         self._put(header)
 
     def write(self, tensor: Tensor) -> None:
@@ -90,22 +94,17 @@ class TensorFileWriter:
 
     def close(self) -> FileRecord:
         """Wait until everything is on disk."""
-        try:
-            assert self._written == self._size, (self.path, self._written, self._size)
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
+        assert self._written == self._size, (self.path, self._written, self._size)
+        self._file.close()
         return FileRecord(self.path.name, self._size, self._hash.hexdigest())
 
     def abandon(self) -> None:
-        self._file.close()
+        self._file.abandon()
 
     def _put(self, content: bytes | memoryview) -> None:
-        left = memoryview(content)
-        self._hash.update(left)
-        self._written += len(left)
-        while left:
-            left = left[self._file.write(left) :]
+        self._hash.update(content)
+        self._written += len(content)
+        self._file.write(content)
 
 
 def _header(
@@ -135,12 +134,15 @@ def as_bytes(tensor: Tensor) -> memoryview:
 class TensorFile:
     """A safetensors file that is read at given places, never mapped.
 
+    Args:
+        once: see `read_tensor`.
+
     Raises:
         CheckpointError: not such a file, or one whose header promises what is not there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, once: bool = False) -> None:
+        self.path, self.once = path, once
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -164,11 +166,11 @@ class TensorFile:
         """A tensor, or some rows (of its first dimension). Raises CheckpointError."""
         entry = self.entries[name]
         if rows is None or not entry.shape:
-            return read_tensor(self._fd, self.path, entry.start, entry.shape, entry.dtype)
+            return read_tensor(self._fd, self.path, entry.start, entry.shape, entry.dtype, once=self.once)
         first, last, _ = rows.indices(entry.shape[0])
         row_bytes = entry.size // max(1, entry.shape[0])
         shape = (max(0, last - first), *entry.shape[1:])
-        return read_tensor(self._fd, self.path, entry.start + first * row_bytes, shape, entry.dtype)
+        return read_tensor(self._fd, self.path, entry.start + first * row_bytes, shape, entry.dtype, once=self.once)
 
     def _read_entries(self) -> dict[str, Entry]:
         size = os.fstat(self._fd).st_size
@@ -205,8 +207,17 @@ def _check_apart(path: Path, entries: list[Entry]) -> None:
         end = entry.start + entry.size
 
 
-def read_tensor(fd: int, path: Path, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Fill a new tensor from byte `start` of an open file. Raises CheckpointError."""
+def read_tensor(
+    fd: int, path: Path, start: int, shape: Sequence[int], dtype: torch.dtype, *, once: bool = False
+) -> Tensor:
+    """Fill a new tensor from byte `start` of an open file.
+
+    Args:
+        once: the file is read from start to end and not again; what was read does not stay in the page cache.
+
+    Raises:
+        CheckpointError: the file is too short, or cannot be read.
+    """
     tensor = torch.empty(tuple(shape), dtype=dtype)
     left, place = as_bytes(tensor), start
     while left:
@@ -217,6 +228,9 @@ def read_tensor(fd: int, path: Path, start: int, shape: Sequence[int], dtype: to
         if count == 0:
             raise CheckpointError(f"{path} is cut short: it ends before byte {place + len(left)}")
         left, place = left[count:], place + count
+    if once:  # the kernel keeps what only a part of a larger page was dropped of, hence some of what lies before
+        first = max(0, start - _DROP_AGAIN)
+        os.posix_fadvise(fd, first, place - first, os.POSIX_FADV_DONTNEED)
     return tensor
 
 
@@ -262,10 +276,10 @@ def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is used. Two items exist at a time."""
+    """The same items, made in a thread while those before them are used. A few exist at a time."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        coming = pool.submit(next, iterator, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, iterator, end)
+        coming = deque(pool.submit(next, iterator, end) for _ in range(_AHEAD))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(pool.submit(next, iterator, end))
             yield item  # type: ignore[misc]

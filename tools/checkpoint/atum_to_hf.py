@@ -59,7 +59,7 @@ def main() -> None:
     from megatron_atum.checkpoint.stored import open_checkpoint
 
     refuse_existing(options.out)
-    checkpoint = open_checkpoint(options.checkpoint, options.step)
+    checkpoint = open_checkpoint(options.checkpoint, options.step, once=True)
     state = checkpoint.state
     recorded = state.config.get("data", {}).get("tokenizer")
     tokenizer = find_tokenizer(options.tokenizer, checkpoint.assets, recorded)

@@ -32,7 +32,7 @@ def main() -> None:
 
     refuse_existing(options.out)
     assets = read_assets(options.hf) if options.hf.is_dir() else {}
-    with IdeficsFolder(options.hf) as folder:
+    with IdeficsFolder(options.hf, once=True) as folder:
         if folder.dropped:
             print(f"dropped {len(folder.dropped)} old keys that are computed today, such as {folder.dropped[0]}")
         how = {"dtype": options.dtype, "standalone": options.standalone, "assets": assets, "progress": True}
