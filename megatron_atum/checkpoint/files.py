@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,32 +43,41 @@ def aside_of(path: Path) -> Path:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder written aside and renamed into place when the block ends well; removed when it does not."""
-    aside = aside_of(path)
-    shutil.rmtree(aside, ignore_errors=True)
+    """A folder written aside and renamed into place when the block ends well; removed when it does not.
+
+    Raises:
+        CheckpointError: something has got its name meanwhile.
+    """
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # a name that nothing else has
     aside.mkdir(parents=True)
     try:
         yield aside
         for place, _, files in os.walk(aside):
             for file in files:
                 sync(Path(place, file))
-        commit_folder(aside, path)
+        refuse_existing(path)
+        _put_in_place(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
 def commit_folder(aside: Path, path: Path) -> None:
-    """Rename a folder into place whose files are on disk."""
+    """Rename a folder into place whose files are on disk; it replaces one of this name."""
+    old = None
+    if path.exists():
+        old = path.with_name(f"{path.name}.{secrets.token_hex(4)}.old.tmp")
+        path.rename(old)
+    _put_in_place(aside, path)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, path: Path) -> None:
     for place, _, _ in os.walk(aside):
         sync(Path(place))
-    old = path.with_name(path.name + ".old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
     aside.rename(path)
     sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def refuse_existing(out: Path) -> None:

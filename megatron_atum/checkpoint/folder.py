@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -143,14 +145,17 @@ def damaged(
         progress: called with the size of each file that was checked.
 
     Raises:
-        CheckpointError: a record or a file cannot be read.
+        CheckpointError: a record cannot be read.
     """
     files = [(place, record) for place in folders_of(folder) for record in read_record(place)]
     files.sort(key=lambda file: (-file[1].size, file[1].name))
     problems = []
     for place, record in files[part::parts]:
-        if checksum_of(place / record.name) != record.checksum:
-            problems.append(f"{place.name}/{record.name} does not hold what was written (checksum)")
+        try:
+            if checksum_of(place / record.name) != record.checksum:
+                problems.append(f"{place.name}/{record.name} does not hold what was written (checksum)")
+        except CheckpointError as error:
+            problems.append(str(error))
         progress(record.size)
     return problems
 
@@ -197,20 +202,26 @@ def retire_old(checkpoints: Path, newest: Path, keep: int, keep_every: int) -> l
     for folder in older[keep:] if keep else []:
         step = int(folder.name.removeprefix("step-"))
         if not (keep_every and step % keep_every == 0):
-            retired.append(_retire(folder))
-    return retired + [_retire(folder) for folder in _unused_frozen(checkpoints)]
+            retired += _retire(folder)
+    return retired + [path for folder in _unused_frozen(checkpoints) for path in _retire(folder)]
 
 
-def _retire(folder: Path) -> Path:
-    retired = folder.with_name(folder.name + ".old.tmp")
-    folder.rename(retired)
-    return retired
+def _retire(folder: Path) -> list[Path]:
+    retired = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.old.tmp")
+    try:
+        folder.rename(retired)
+    except OSError as error:
+        print(f"{folder} could not be removed: {error}", file=sys.stderr, flush=True)
+        return []
+    return [retired]
 
 
 def _unused_frozen(checkpoints: Path) -> list[Path]:
     used = set()
     for folder in step_folders(checkpoints):
         try:
+            if not (folder / STATE).exists():
+                raise CheckpointError(f"{folder} has no {STATE}")
             used.add(frozen_of(folder))
         except CheckpointError:
             return []  # a step that cannot be asked may need any of them

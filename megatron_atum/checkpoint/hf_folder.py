@@ -84,7 +84,7 @@ class HfFolder:
             content = json.loads((self.path / name).read_text())
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} has no {name}; is it a model folder in Hugging Face format?") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"cannot read {self.path / name}: {error}") from None
         if not isinstance(content, dict):
             raise CheckpointError(f"{self.path / name} is not a JSON object")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_atum.errors import CheckpointError
 
 FORMAT = 2
 INDEX = "index.json"
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 Shape = tuple[int, ...]
 
 
@@ -77,8 +79,21 @@ def _gap(tensor: StoredTensor) -> str:
     volume = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
     if volume != math.prod(tensor.shape):
         return f"its chunks hold {volume} of {math.prod(tensor.shape)} values"
-    if len({chunk.offsets for chunk in tensor.chunks}) != len(tensor.chunks):
-        return "two chunks start at the same place"
+    return _overlap([chunk for chunk in tensor.chunks if math.prod(chunk.sizes)])
+
+
+def _overlap(chunks: list[Chunk]) -> str:
+    chunks.sort(key=lambda chunk: chunk.offsets)
+    for number, one in enumerate(chunks):
+        for other in chunks[number + 1 :]:
+            if one.offsets and other.offsets[0] >= one.offsets[0] + one.sizes[0]:
+                break  # so do all behind it
+            apart = any(
+                a >= b + size or b >= a + other_size
+                for a, b, size, other_size in zip(other.offsets, one.offsets, one.sizes, other.sizes, strict=True)
+            )
+            if not apart:
+                return f"the chunks at {one.offsets} and {other.offsets} overlap"
     return ""
 
 
@@ -121,7 +136,7 @@ def read_index(folder: Path) -> Index:
 
 
 def _plain_name(name: Any) -> str:
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+    if not isinstance(name, str) or not _FILE.fullmatch(name):
         raise ValueError(f"it names {name!r}, which is not a file of this folder")
     return name
 

@@ -19,12 +19,12 @@ from megatron_atum.checkpoint.reader import CheckpointReader
 from megatron_atum.checkpoint.rules import Box, is_split
 from megatron_atum.checkpoint.stored import StoredCheckpoint
 from megatron_atum.checkpoint.table import Weight
-from megatron_atum.checkpoint.tensor_file import row_slices
+from megatron_atum.checkpoint.tensor_file import check_finite, row_slices
 from megatron_atum.checkpoint.weights import boxes_of, rows_of
 from megatron_atum.checkpoint.writer import Item
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import CheckpointError
-from megatron_atum.parallel.device import host_buffer
+from megatron_atum.parallel.device import beside_training, host_buffer
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.parallel.random_state import random_state
 
@@ -46,9 +46,10 @@ class Part:
         """To be written from `values`, or as it is when it is written."""
 
         def pieces() -> Iterator[Tensor]:
-            view = self.view() if values is None else values
-            for rows in row_slices(view.shape, view.element_size()):
-                yield (view[rows] if view.dim() else view).cpu().contiguous()
+            with beside_training():  # here, since it counts for the thread that makes the pieces
+                view = self.view() if values is None else values
+                for rows in row_slices(view.shape, view.element_size()):
+                    yield (view[rows] if view.dim() else view).cpu().contiguous()
 
         return Item(self.key, self.dtype, self.shape, self.box.offsets, self.box.sizes, pieces)
 
@@ -60,6 +61,7 @@ class RankTensors:
         self.groups, self.optimizer = groups, optimizer
         self.rows = rows_of(stages, model)
         self._row_of = {parameter: (number, row) for number, (row, parameter) in enumerate(self.rows)}
+        self._sharded = bool(getattr(optimizer.config, "use_distributed_optimizer", False))
         self._owners = _owners(self.rows, groups)
 
     def weights(self, *, trainable: bool) -> list[Part]:
@@ -84,9 +86,12 @@ class RankTensors:
                 parts += self._parts(row, shard.parameter, key, flat.dtype, get, span)
         return parts
 
+    def row(self, shard: OptimizerShard) -> Weight:
+        return self._row_of[shard.parameter][1]
+
     def optimizer_steps(self) -> dict[str, int]:
         """Updates so far, by the first Hugging Face name of each row that this rank's optimizer holds a part of."""
-        return {self._row_of[shard.parameter][1].hf[0]: shard.step for shard in optimizer_shards(self.optimizer)}
+        return {self.row(shard).hf[0]: shard.step for shard in optimizer_shards(self.optimizer)}
 
     def random(self) -> list[Item]:
         prefix = random_prefix(self.groups)
@@ -112,12 +117,9 @@ class RankTensors:
 
     def _writes(self, shard: OptimizerShard, number: int, row: Weight) -> bool:
         """A shard of the distributed optimizer is on one data-parallel rank; tensor ranks may hold copies of it."""
-        if self.groups.layout.data > 1 and self._is_sharded(shard):
+        if self.groups.layout.data > 1 and self._sharded:
             return is_split(row.rule) or number % self.groups.layout.tensor == self.groups.tensor_rank
         return self._owners[number]
-
-    def _is_sharded(self, shard: OptimizerShard) -> bool:
-        return bool(getattr(self.optimizer.config, "use_distributed_optimizer", False))
 
 
 def _itself(value: Any) -> Any:
@@ -131,16 +133,19 @@ def random_prefix(groups: ProcessGroups) -> str:
 def _owners(rows: list[tuple[Weight, nn.Parameter]], groups: ProcessGroups) -> list[bool]:
     """Whether this rank writes the row: each goes to the replica with the fewest bytes so far."""
     layout = groups.layout
-    load = [[0] * layout.tensor for _ in range(layout.data)]
+    # frozen weights apart, since they are not part of every save
+    loads = {kind: [[0] * layout.tensor for _ in range(layout.data)] for kind in (False, True)}
     owned = []
     for row, parameter in rows:
+        load = loads[parameter.requires_grad]
         size = parameter.numel() * parameter.element_size()
         if is_split(row.rule):
-            data = min(range(layout.data), key=lambda d: max(load[d]))
+            fullest = [max(sizes) for sizes in load]
+            data = fullest.index(min(fullest))
             owners = [(data, t) for t in range(layout.tensor)]
         else:
-            places = [(d, t) for d in range(layout.data) for t in range(layout.tensor)]
-            owners = [min(places, key=lambda place: load[place[0]][place[1]])]
+            every = [held for sizes in load for held in sizes]
+            owners = [divmod(every.index(min(every)), layout.tensor)]
         for d, t in owners:
             load[d][t] += size
         owned.append((groups.data_rank, groups.tensor_rank) in owners)
@@ -191,7 +196,7 @@ def load_optimizer(tensors: RankTensors, stored: StoredCheckpoint) -> None:
     """
     groups, index, steps = tensors.groups, stored.reader.index, stored.state.optimizer_steps
     for shard in optimizer_shards(tensors.optimizer):
-        _, row = tensors._row_of[shard.parameter]
+        row = tensors.row(shard)
         if row.hf[0] not in steps:
             raise CheckpointError(f"{stored.folder} holds no optimizer state of {row.hf[0]}, which this run trains")
         step = steps[row.hf[0]]
@@ -207,13 +212,16 @@ def load_optimizer(tensors: RankTensors, stored: StoredCheckpoint) -> None:
                 if name == "main" and key not in index:
                     key = hf  # saved by a run whose weights were as precise
                 view = replace(box, start=box.start - shard.start).view(flat)
-                view.copy_(_read(stored.reader, key, box).reshape(view.shape))
+                view.copy_(_read(stored, key, row.shapes[box.part], box).reshape(view.shape))
 
 
-def _read(reader: CheckpointReader, key: str, box: Box) -> Tensor:
-    if key not in reader.index:
-        raise CheckpointError(f"the checkpoint holds no {key}")
-    return reader.read(key, box.offsets, box.sizes)
+def _read(stored: StoredCheckpoint, key: str, shape: tuple[int, ...], box: Box) -> Tensor:
+    found = stored.reader.index.get(key)
+    if found is None or found.shape != shape or not found.dtype.is_floating_point:
+        raise CheckpointError(f"{stored.folder} holds no {key} of shape {shape} in a floating dtype")
+    tensor = stored.reader.read(key, box.offsets, box.sizes)
+    check_finite(tensor, lambda: f"{stored.folder}: {key}")
+    return tensor
 
 
 def stored_random(groups: ProcessGroups, reader: CheckpointReader) -> dict[str, Tensor]:

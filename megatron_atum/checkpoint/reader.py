@@ -29,6 +29,8 @@ from megatron_atum.checkpoint.index import Chunk, Index, StoredTensor, read_inde
 from megatron_atum.checkpoint.tensor_file import read_tensor
 from megatron_atum.errors import CheckpointError
 
+MOST_OPEN = 64
+
 
 class CheckpointReader(StorageReader):
     """The tensors of some folders (a step and its frozen weights), each with an index.json.
@@ -102,6 +104,8 @@ class CheckpointReader(StorageReader):
 
     def _open(self, path: Path) -> int:
         if path not in self._files:
+            if len(self._files) == MOST_OPEN:  # a run of 512 ranks writes more files than a process may have open
+                os.close(self._files.pop(next(iter(self._files))))
             try:
                 self._files[path] = os.open(path, os.O_RDONLY)
             except OSError as error:

@@ -22,13 +22,13 @@ from omegaconf import OmegaConf
 
 from megatron_atum.checkpoint.files import aside_of, commit_folder
 from megatron_atum.checkpoint.folder import (
-    damaged,
     folders_of,
     missing,
     remove,
     remove_unfinished,
     retire_old,
     step_folder,
+    step_folders,
 )
 from megatron_atum.checkpoint.hf_folder import check_same_model
 from megatron_atum.checkpoint.index import Written, read_index
@@ -40,13 +40,10 @@ from megatron_atum.checkpoint.writer import Item, write_items
 from megatron_atum.config.schema import Config
 from megatron_atum.errors import CheckpointError
 from megatron_atum.parallel.agreement import all_true, together
-from megatron_atum.parallel.device import beside_training, wait_for_device
+from megatron_atum.parallel.device import wait_for_device
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.parallel.layout import ParallelLayout
 from megatron_atum.parallel.random_state import set_random_state
-
-# What a full disk, or a storage that went away, looks like to the code that writes.
-_WRITE_ERRORS = (OSError, RuntimeError, CheckpointError)
 
 
 def check_resumable(state: RunState, config: Config) -> None:
@@ -130,8 +127,16 @@ class RunCheckpoint:
         Returns:
             How saves ended that are over now: this one too, unless checkpoint.asynchronous.
         """
-        over = self.wait()
-        job = self._start(step, data)
+        over, began = self.wait(), time.perf_counter()
+        for chunk in self.engine.chunks:
+            if chunk.ddp_config.overlap_param_gather:  # else the other ranks' shards are those of the step before
+                chunk.start_param_sync(force_sync=True)
+        folder = step_folder(self.checkpoints, step)
+        try:
+            job = self._together(folder, lambda: self._start(step, folder, data, began))
+        except CheckpointError as problem:
+            seconds = time.perf_counter() - began
+            return [*over, Saved(step, folder, str(problem), seconds, seconds)]
         if self.config.checkpoint.asynchronous:
             self._write_beside(job)
         else:
@@ -148,7 +153,11 @@ class RunCheckpoint:
 
     def wait(self) -> list[Saved]:
         """Finish the save that is under way, if there is one, to the removal of what it replaces."""
-        over = [self._end(self._pending)] if self._pending is not None else []
+        job, over = self._pending, []
+        if job is not None:
+            while not all_true(job.result.done()):  # not in one collective, which would time out for a slow disk
+                time.sleep(0.05)
+            over = [self._end(job)]
         self._removal.join()
         return over
 
@@ -163,18 +172,14 @@ class RunCheckpoint:
         blocked = job.blocked_s + now - began if self.config.checkpoint.asynchronous else now - job.began
         return Saved(job.step, job.folder, error, blocked, now - job.began)
 
-    def _start(self, step: int, data: dict[str, Any]) -> _Job:
+    def _start(self, step: int, folder: Path, data: dict[str, Any], began: float) -> _Job:
         """Everything that training may change is copied, or in memory that it does not touch."""
-        began = time.perf_counter()
-        for chunk in self.engine.chunks:
-            if chunk.ddp_config.overlap_param_gather:  # else the other ranks' shards are those of the step before
-                chunk.start_param_sync(force_sync=True)
         trainable, moments = self.tensors.weights(trainable=True), self.tensors.optimizer_state()
         if self.config.checkpoint.asynchronous:
             weights, optimizer = self._staging.copy(trainable), self._staging.copy(moments)
-            wait_for_device()
         else:
             weights, optimizer = [part.item() for part in trainable], [part.item() for part in moments]
+        wait_for_device()  # files are written from another stream
         frozen = None if self._frozen else [part.item() for part in self.tensors.weights(trainable=False)]
         state = {
             "step": step,
@@ -185,7 +190,7 @@ class RunCheckpoint:
         }
         return _Job(
             step=step,
-            folder=step_folder(self.checkpoints, step),
+            folder=folder,
             state=state,
             steps=self.tensors.optimizer_steps(),
             items={"weights": weights, "optimizer": [*optimizer, *self.tensors.random()]},
@@ -202,8 +207,7 @@ class RunCheckpoint:
     def _write(self, job: _Job) -> None:
         """This rank's files. Runs in a thread; must not communicate."""
         try:
-            with beside_training():
-                job.result.set_result(self._write_files(job))
+            job.result.set_result(self._write_files(job))
         except BaseException as problem:
             job.result.set_exception(problem)
 
@@ -215,7 +219,7 @@ class RunCheckpoint:
             records, written = write_items(aside, f"{prefix}-{self.groups.rank:05d}", items)
             result.records += records
             result.written += written
-        if job.frozen_items is not None:
+        if job.frozen_items:
             frozen.mkdir(exist_ok=True)
             name = f"weights-{self.groups.rank:05d}"
             result.frozen_records, result.frozen_written = write_items(frozen, name, job.frozen_items)
@@ -227,11 +231,11 @@ class RunCheckpoint:
 
     def _finish(self, job: _Job) -> None:
         try:
-            result = self._together(job, job.result.result)
+            result = self._together(job.folder, job.result.result)
             results: list[Any] = [None] * self.groups.layout.world_size
             dist.gather_object(result, results if self.groups.rank == 0 else None)
             names = [""]
-            self._together(job, lambda: self._commit(job, results, names) if self.groups.rank == 0 else None)
+            self._together(job.folder, lambda: self._commit(job, results, names) if self.groups.rank == 0 else None)
             dist.broadcast_object_list(names)
             self._frozen = names[0]
         except CheckpointError:  # on all ranks, each of which has stopped writing
@@ -269,21 +273,18 @@ class RunCheckpoint:
         name = complete_frozen(
             self._frozen_aside, records, [chunk for result in results for chunk in result.frozen_written]
         )
-        if not _is_whole(self.checkpoints / name):
-            commit_folder(self._frozen_aside, self.checkpoints / name)
-        else:
-            shutil.rmtree(self._frozen_aside)
+        _put_frozen(self._frozen_aside, self.checkpoints / name)
         return name
 
-    def _together(self, job: _Job, work: Callable[[], Any]) -> Any:
+    def _together(self, folder: Path, work: Callable[[], Any]) -> Any:
         """Do this rank's part; if any rank failed, all of them raise."""
 
         def guarded() -> Any:
             try:
                 return work()
-            except _WRITE_ERRORS as problem:
-                where = f"checkpoint {job.folder} could not be written: rank {self.groups.rank}"
-                raise CheckpointError(f"{where}: {problem}") from None
+            except Exception as problem:  # a full disk, a storage or memory that is gone: the run has what it needs
+                where = f"checkpoint {folder} could not be written: rank {self.groups.rank}"
+                raise CheckpointError(f"{where}: {problem or repr(problem)}") from None
 
         return together(guarded)
 
@@ -336,17 +337,18 @@ def _thread(name: str, work: Callable[..., None], *args: Any) -> Thread:
     return thread
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder of frozen weights holds what was written into it; every file is read."""
-    try:
-        return not missing(folder) and not damaged(folder)
-    except CheckpointError:
-        return False
+def _put_frozen(aside: Path, target: Path) -> None:
+    """Put a folder of frozen weights in its place. Its name says what is in it, so where steps need one that is there
+    already, it stays."""
+    if step_folders(target.parent) and not missing(target):
+        shutil.rmtree(aside)
+    else:
+        commit_folder(aside, target)
 
 
 def _linked(source: Path, target: Path) -> bool:
     """Have a folder of frozen weights at another place without copying it; False where that is not possible."""
-    if source.resolve() == target.resolve() or _is_whole(target):
+    if source.resolve() == target.resolve():
         return True
     aside = aside_of(target)
     try:
@@ -354,7 +356,7 @@ def _linked(source: Path, target: Path) -> bool:
         aside.mkdir(parents=True)
         for file in source.iterdir():
             os.link(file, aside / file.name)
-        commit_folder(aside, target)
+        _put_frozen(aside, target)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         return False

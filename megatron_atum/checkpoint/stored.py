@@ -48,6 +48,8 @@ from megatron_atum.checkpoint.folder import (
     step_folders,
     write_record,
 )
+from megatron_atum.checkpoint.hf_config import from_hf, to_hf
+from megatron_atum.checkpoint.hf_folder import check_dtypes
 from megatron_atum.checkpoint.index import FORMAT, INDEX, Written, merge, to_json
 from megatron_atum.checkpoint.source import TensorSource
 from megatron_atum.checkpoint.table import hf_shapes, weight_table
@@ -95,6 +97,7 @@ def read_state(folder: Path) -> RunState:
 def _model(values: dict[str, Any]) -> ModelConfig:
     model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
     assert isinstance(model, ModelConfig)
+    from_hf(to_hf(model), STATE)  # the checks of a configuration that comes from elsewhere
     return model
 
 
@@ -161,6 +164,7 @@ class StoredCheckpoint:
                 raise CheckpointError(f"{self.folder} does not hold {name}")
             if stored.shape != shape:
                 raise CheckpointError(f"{self.folder} holds {name} as {stored.shape}, and its model needs {shape}")
+        check_dtypes(str(self.folder), {name: self.dtype(name) for name in self._names})
 
 
 def find_checkpoint(path: Path, step: int | None = None, report: Report = silent) -> Path:

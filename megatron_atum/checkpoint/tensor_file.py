@@ -181,7 +181,7 @@ class TensorFile:
             content = json.loads(os.pread(self._fd, length, 8))
             content.pop("__metadata__", None)
             entries = {name: _entry(name, value, 8 + length, size) for name, value in content.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{self.path} has a damaged header: {error}") from None
         _check_apart(self.path, list(entries.values()))
         return entries

@@ -43,6 +43,7 @@ class Tokenizer:
             raise DataError(f"{name} is not a sentencepiece model; give the language model's {FILE_NAME}") from error
         self.vocab_size = vocab_size
         self.fake_id, self.image_id = vocab_size, vocab_size + 1
+        self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._check(name)
 

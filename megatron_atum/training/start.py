@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -12,14 +12,14 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from megatron_atum.checkpoint.assets import OF_A_TOKENIZER, read_assets
-from megatron_atum.checkpoint.folder import damaged, newest_complete, silent
+from megatron_atum.checkpoint.folder import damaged, newest_complete, silent, step_folders
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder, check_same_model
 from megatron_atum.checkpoint.run_checkpoint import check_resumable
 from megatron_atum.checkpoint.stored import RunState, StoredCheckpoint, find_checkpoint, read_state
 from megatron_atum.config.loader import to_yaml
 from megatron_atum.config.schema import Config
 from megatron_atum.data.loader import StepLoader
-from megatron_atum.data.tokenizer import FILE_NAME, tokenizer_file
+from megatron_atum.data.tokenizer import FILE_NAME
 from megatron_atum.errors import CheckpointError, ConfigError
 from megatron_atum.parallel.agreement import check_equal, together
 from megatron_atum.parallel.layout import ParallelLayout
@@ -35,6 +35,7 @@ class Start:
     run_folder: Path
     resume: RunState | None  # go on from this checkpoint
     weights: IdeficsFolder | StoredCheckpoint | None  # or start from these; neither: drawn from the seed
+    lock: IO[str] | None = None  # rank 0's, of the run folder; it keeps other runs out while it is open
 
     @property
     def checkpoints(self) -> Path:
@@ -63,7 +64,7 @@ class Start:
             found = StoredCheckpoint(self.checkpoint).assets
         elif isinstance(self.weights, IdeficsFolder):
             found = read_assets(self.weights.path)
-        ours = tokenizer_file(self.config.data.tokenizer or "").read_bytes()
+        ours = self.loader.tokenizer.model
         if found.get(FILE_NAME, ours) != ours:  # files made from another tokenizer would be wrong
             found = {name: content for name, content in found.items() if name not in OF_A_TOKENIZER}
         return found | {FILE_NAME: ours}
@@ -81,7 +82,13 @@ def prepare_start(config: Config, world_size: int, rank: int, without: Collectio
     layout = ParallelLayout.from_config(config, world_size)
     run_folder = Path(config.logging.root) / config.logging.run
     says = rank == 0 and config.checkpoint.load == "latest"
-    newest = newest_complete(run_folder / "checkpoints", print if says else silent, without)
+    checkpoints = run_folder / "checkpoints"
+    newest = newest_complete(checkpoints, print if says else silent, without)
+    if newest is None and config.checkpoint.load == "latest" and step_folders(checkpoints):
+        raise CheckpointError(
+            f"{checkpoints} holds steps, and none of them can be used (said above, by rank 0); wait until all files "
+            "have arrived, mend them, or start anew with another logging.run"
+        )
     resume, weights = _find_weights(config, newest)
     _check_goes_on(config, newest, resume)
     if resume is not None:
@@ -105,6 +112,8 @@ def confirm_start(start: Start, rank: int) -> Start:
     """
     without: set[Path] = set()
     world_size = start.layout.world_size
+    lock = together(lambda: _locked(start) if rank == 0 else None)
+    start = replace(start, lock=lock)
     while True:
         check_equal(start.identity())
         folder = start.checkpoint
@@ -119,7 +128,17 @@ def confirm_start(start: Start, rank: int) -> Start:
         if rank == 0:
             print(f"passing over {what}", flush=True)
         without.add(folder)
-        start = together(partial(prepare_start, start.config, world_size, rank, without))
+        again = together(partial(prepare_start, start.config, world_size, rank, without))
+        start = replace(again, lock=lock)
+
+
+def _locked(start: Start) -> IO[str]:
+    """Raises ConfigError: another run has the folder, or had it until now and went on."""
+    lock = lock_run_folder(start.run_folder)
+    newest = newest_complete(start.checkpoints)
+    if start.config.checkpoint.load == "latest" and newest != (start.resume.folder if start.resume else None):
+        raise ConfigError(f"{start.checkpoints} changed while this run was starting: {newest} is new; start it again")
+    return lock
 
 
 def _damage(folder: Path, rank: int, world_size: int) -> list[str]:
@@ -178,8 +197,8 @@ def lock_run_folder(folder: Path) -> IO[str]:
             f"another run is still writing to {folder} (torchrun's workers outlive it when it is killed); stop it, or "
             "choose another logging.run"
         ) from None
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error.strerror}): see to it that one run at a time uses it", flush=True)
     return file
 
 

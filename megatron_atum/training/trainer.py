@@ -13,12 +13,12 @@ from megatron_atum.checkpoint.files import write_text
 from megatron_atum.checkpoint.run_checkpoint import RunCheckpoint, Saved
 from megatron_atum.checkpoint.weights import fill, initialise
 from megatron_atum.config.loader import to_yaml
-from megatron_atum.errors import CheckpointError
+from megatron_atum.errors import CheckpointError, ConfigError
 from megatron_atum.parallel.agreement import together
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.training.engine import Engine, StepResult
 from megatron_atum.training.metrics import MetricsFile, Terminal
-from megatron_atum.training.start import Start, lock_run_folder, place_of
+from megatron_atum.training.start import Start, place_of
 
 
 class Trainer:
@@ -26,7 +26,6 @@ class Trainer:
 
     def __init__(self, start: Start, groups: ProcessGroups) -> None:
         self.start, self.config, self.groups = start, start.config, groups
-        self._lock = together(lambda: lock_run_folder(start.run_folder) if groups.rank == 0 else None)
         self.engine = Engine(self.config, groups)
         self.metrics = MetricsFile(start.run_folder / "metrics.jsonl", writes=groups.rank == 0)
         self.step = start.resume.step if start.resume else 0
@@ -86,11 +85,18 @@ class Trainer:
             start=self.step,
             every=logging.every,
         )
+        together(self._begin_files)
         self._say_start()
-        self.metrics.resume_after(self.step)
-        self.metrics.write(event="resume" if self.start.resume else "start", step=self.step)
-        if rank_0:
-            write_text(self.start.run_folder / "config.yaml", to_yaml(self.config))
+
+    def _begin_files(self) -> None:
+        """Raises ConfigError where the run folder cannot be written."""
+        try:
+            self.metrics.resume_after(self.step)
+            self.metrics.write(event="resume" if self.start.resume else "start", step=self.step)
+            if self.groups.rank == 0:
+                write_text(self.start.run_folder / "config.yaml", to_yaml(self.config))
+        except OSError as error:
+            raise ConfigError(f"the run folder {self.start.run_folder} cannot be written: {error}") from None
 
     def _say_start(self) -> None:
         trains = sum(p.numel() for s in self.engine.stages for p in s.parameters() if p.requires_grad)

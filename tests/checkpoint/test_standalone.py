@@ -133,8 +133,8 @@ def test_damage_to_what_describes_is_seen(file: str, run: Path, tmp_path: Path) 
     spoilt = next(run.parent.glob(file))
     text = spoilt.read_text()
     spoilt.write_text(text.replace('"step": 2', '"step": 3') if "step-" in file else text[:-1] + " ")
-    assert spoilt.read_text() != text and missing(run) == []
-    refused(run, tmp_path, str(spoilt), "checksum")
+    assert spoilt.read_text() != text
+    refused(run, tmp_path, spoilt.name, "checksum")
 
 
 def test_an_incomplete_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:

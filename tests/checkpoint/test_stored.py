@@ -19,6 +19,7 @@ from megatron_atum.checkpoint.folder import damaged, missing, read_record, step_
 from megatron_atum.checkpoint.index import read_index
 from megatron_atum.checkpoint.stored import StoredCheckpoint, find_checkpoint, open_checkpoint, write_weights
 from megatron_atum.checkpoint.table import hf_shapes, weight_table
+from megatron_atum.checkpoint.tensor_file import checksum_of
 from megatron_atum.checkpoint.weights import InMemory
 from megatron_atum.config.loader import preset
 from megatron_atum.errors import CheckpointError
@@ -118,13 +119,17 @@ def test_a_source_of_another_model_is_refused_when_it_is_opened(tmp_path: Path) 
     _rewrite(tmp_path / "out", state)
     with pytest.raises(CheckpointError, match=r"and its model needs"):
         StoredCheckpoint(tmp_path / "out")
+    state["config"]["model"] |= {"hidden_size": 128, "num_heads": 3}
+    _rewrite(tmp_path / "out", state)
+    with pytest.raises(CheckpointError, match=r"state\.json"):  # a configuration that contradicts itself
+        StoredCheckpoint(tmp_path / "out")
 
 
 def _rewrite(folder: Path, state: dict) -> None:
     """Change state.json so that only its meaning is wrong."""
     (folder / "state.json").write_text(json.dumps(state))
     record = json.loads((folder / "complete.json").read_text())
-    record["files"]["state.json"][0] = (folder / "state.json").stat().st_size
+    record["files"]["state.json"] = [(folder / "state.json").stat().st_size, checksum_of(folder / "state.json")]
     (folder / "complete.json").write_text(json.dumps(record))
 
 
@@ -180,3 +185,38 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(delay: float, tm
         with pytest.raises(CheckpointError):
             open_checkpoint(out)
     write_weights(tmp_path / "out2", replace(MODEL, preset=""), Drawn(MODEL, 1))  # what is left is in nobody's way
+
+
+def test_tools_do_not_touch_what_others_have_put_there(tmp_path: Path) -> None:
+    """Neither a folder that is named like one of ours, nor one that appears while a conversion runs."""
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").write_text("x")
+    write_weights(tmp_path / "out", MODEL, Drawn(MODEL, 3))
+    assert (tmp_path / "out.tmp" / "mine").read_text() == "x"
+
+    class Slow(InMemory):
+        def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+            (tmp_path / "late").mkdir(exist_ok=True)
+            (tmp_path / "late" / "precious").write_text("x")
+            return super().read(name, rows)
+
+    with pytest.raises(CheckpointError, match="late exists already"):
+        write_weights(tmp_path / "late", MODEL, Slow(tensors(torch.float32)))
+    assert [path.name for path in (tmp_path / "late").iterdir()] == ["precious"]
+    assert not list(tmp_path.glob("late.*"))
+
+
+def test_a_checkpoint_of_very_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run of many ranks writes it: more files than may be open at once."""
+    from megatron_atum.checkpoint import reader, writer
+
+    monkeypatch.setattr(writer, "FILE_BYTES", 1)
+    monkeypatch.setattr(reader, "MOST_OPEN", 5)
+    expected = tensors(torch.float32)
+    write_weights(tmp_path / "out", MODEL, InMemory(expected))
+    before = len(os.listdir("/proc/self/fd"))
+    stored = open_checkpoint(tmp_path / "out")
+    assert all(torch.equal(stored.read(name), tensor) for name, tensor in expected.items())
+    assert len(os.listdir("/proc/self/fd")) <= before + 5
+    stored.close()
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -27,7 +27,6 @@ from megatron_atum.checkpoint.folder import (
     damaged,
     folders_of,
     frozen_of,
-    missing,
     newest_complete,
     read_record,
     record_of,
@@ -39,7 +38,7 @@ from megatron_atum.config.loader import load_config
 from megatron_atum.errors import AtumError, CheckpointError
 from megatron_atum.training.start import confirm_start, prepare_start
 from tests.distributed import run_distributed
-from tests.faults.runs import SMALL, checkpoints_of, data_overrides, events_of, run
+from tests.faults.runs import SMALL, checkpoints_of, data_overrides, events_of, metrics_of, run
 
 OLDER, NEWER = 2, 4
 FLIPS = 16
@@ -310,17 +309,20 @@ def test_a_run_goes_on_from_the_older_step(root: Path, data: Path) -> None:
     assert damaged(newer(root)) == []  # written anew
 
 
-def test_damaged_frozen_weights_are_not_used_again(root: Path, data: Path) -> None:
-    """All steps share them, so the run begins anew, and what it saves must be whole."""
+def test_a_run_whose_steps_are_all_damaged_does_not_begin_anew(root: Path, data: Path) -> None:
+    """All steps share the frozen weights. What is left of them may be mended, so nothing is written over."""
     (frozen,) = checkpoints_of(root).glob("frozen-*")
     path = next(frozen.glob("weights-*"))
     flip(path, path.stat().st_size - 1)
+    before = sorted(checkpoints_of(root).iterdir()), metrics_of(root).read_bytes()
     outcome = run(root, overrides(data), 2)
-    assert outcome.codes == [0, 0], outcome.logs
+    assert outcome.codes == [2, 2], outcome.logs
     assert f"passing over {older(root)} is damaged: " in outcome.logs[0]
-    assert [event["step"] for event in events_of(root, "start")] == [0, 0]
-    for folder in (newer(root), older(root)):
-        assert missing(folder) == damaged(folder) == []
+    assert "none of them can be used" in outcome.logs[0]
+    assert (sorted(checkpoints_of(root).iterdir()), metrics_of(root).read_bytes()) == before
+    flip(path, path.stat().st_size - 1)  # mended
+    assert run(root, overrides(data), 2).codes == [0, 0]
+    assert [event["step"] for event in events_of(root, "resume")][-1:] == [NEWER]
 
 
 # Garbage in the JSON files -------------------------------------------------------------------------------------------
