@@ -71,7 +71,8 @@ class Points:
     def at_file(self, what: str, path: str) -> None:
         """A point at an operation on a file of the checkpoints."""
         if (path + "/").startswith(self._prefix):
-            place = re.sub(r"[0-9a-f]{16}", "H", re.sub(r"\d{8}", "N", (path + "/").removeprefix(self._prefix)))
+            place = re.sub(r"\.[0-9a-f]{8}\.", ".H.", (path + "/").removeprefix(self._prefix))
+            place = re.sub(r"[0-9a-f]{16}", "H", re.sub(r"\d{8}", "N", place))
             self.passed(f"{getattr(self._phase, 'name', 'files')}: {what} {place.rstrip('/') or '.'}")
 
     @contextmanager
@@ -167,7 +168,7 @@ def hold_up_saves(rank: int) -> None:
     from megatron_atum.training.engine import Engine
 
     moved = threading.Event()
-    write, finish, step, start = RunCheckpoint._write_files, RunCheckpoint._finish, Engine.step, RunCheckpoint._start
+    write, wait, step, start = RunCheckpoint._write_files, RunCheckpoint.wait, Engine.step, RunCheckpoint._start
 
     def starting(self: Any, *args: Any) -> Any:
         moved.clear()
@@ -178,16 +179,16 @@ def hold_up_saves(rank: int) -> None:
         moved.set()
         return result
 
-    def finishing(self: Any, job: Any) -> None:  # there may be no next step
+    def waiting(self: Any) -> Any:  # there may be no next step
         moved.set()
-        finish(self, job)
+        return wait(self)
 
     def writing(self: Any, job: Any) -> Any:
         moved.wait()
         return write(self, job)
 
     RunCheckpoint._start, RunCheckpoint._write_files = starting, writing  # type: ignore
-    RunCheckpoint._finish, Engine.step = finishing, stepping  # type: ignore
+    RunCheckpoint.wait, Engine.step = waiting, stepping  # type: ignore
 
 
 def _count_halves(points: Points, writer: Any, metrics: Any) -> None:
