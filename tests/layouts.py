@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from megatron_atum.checkpoint.weights import InMemory, fill
+from megatron_atum.checkpoint.weights import fill
 from megatron_atum.config.schema import Config, ModelConfig, OptimizerConfig, SourceConfig, TrainingConfig
 from megatron_atum.parallel.groups import ProcessGroups, build_groups
 from megatron_atum.parallel.layout import ParallelLayout, even_units
+from tests.checkpoint.folders import Given
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def build_engine(config: Config, degrees: Degrees, state: dict[str, torch.Tensor
 
     groups = groups_of(config.model, degrees)
     engine = Engine(config, groups)
-    fill(engine.stages, config.model, groups, InMemory(state))
+    fill(engine.stages, config.model, groups, Given(state))
     return engine
 
 

@@ -284,7 +284,7 @@ class RunCheckpoint:
                 return work()
             except Exception as problem:  # a full disk, a storage or memory that is gone: the run has what it needs
                 where = f"checkpoint {folder} could not be written: rank {self.groups.rank}"
-                raise CheckpointError(f"{where}: {problem or repr(problem)}") from None
+                raise CheckpointError(f"{where}: {str(problem) or repr(problem)}") from None
 
         return together(guarded)
 

@@ -78,25 +78,6 @@ def initialise(stages: Iterable[nn.Module], model: ModelConfig, groups: ProcessG
     fill(stages, model, groups, Drawn(model, seed))
 
 
-class InMemory:
-    """Whole tensors by Hugging Face name, as a TensorSource."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> set[str]:
-        return set(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.tensors[name] if rows is None else self.tensors[name][rows]
-
-
 def gather_rows(
     stages: Iterable[nn.Module],
     model: ModelConfig,

@@ -20,9 +20,9 @@ from megatron_atum.checkpoint.index import read_index
 from megatron_atum.checkpoint.stored import StoredCheckpoint, find_checkpoint, open_checkpoint, write_weights
 from megatron_atum.checkpoint.table import hf_shapes, weight_table
 from megatron_atum.checkpoint.tensor_file import checksum_of
-from megatron_atum.checkpoint.weights import InMemory
 from megatron_atum.config.loader import preset
 from megatron_atum.errors import CheckpointError
+from tests.checkpoint.folders import Given
 
 ROOT = Path(__file__).parents[2]
 MODEL = preset("tiny")
@@ -38,7 +38,7 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_is_written_is_read(dtype: torch.dtype, standalone: bool, tmp_path: Path) -> None:
     expected = tensors(dtype)
-    write_weights(tmp_path / "out", MODEL, InMemory(expected), standalone=standalone, assets=ASSETS)
+    write_weights(tmp_path / "out", MODEL, Given(expected), standalone=standalone, assets=ASSETS)
     stored = open_checkpoint(tmp_path / "out")
     assert stored.names() == expected.keys()
     for name, tensor in expected.items():
@@ -79,7 +79,7 @@ def test_every_file_has_its_size_and_checksum(tmp_path: Path) -> None:
 
 def test_another_dtype(tmp_path: Path) -> None:
     expected = tensors(torch.float32)
-    write_weights(tmp_path / "out", MODEL, InMemory(expected), dtype=torch.bfloat16)
+    write_weights(tmp_path / "out", MODEL, Given(expected), dtype=torch.bfloat16)
     stored = open_checkpoint(tmp_path / "out")
     assert all(torch.equal(stored.read(name), tensor.bfloat16()) for name, tensor in expected.items())
 
@@ -89,7 +89,7 @@ def test_what_is_not_finite_is_refused(value: float, dtype: torch.dtype | None, 
     changed = tensors(torch.float32)
     changed["model.norm.weight"][5] = value
 
-    class Checked(InMemory):
+    class Checked(Given):
         def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
             from megatron_atum.checkpoint.tensor_file import check_finite
 
@@ -194,7 +194,7 @@ def test_tools_do_not_touch_what_others_have_put_there(tmp_path: Path) -> None:
     write_weights(tmp_path / "out", MODEL, Drawn(MODEL, 3))
     assert (tmp_path / "out.tmp" / "mine").read_text() == "x"
 
-    class Slow(InMemory):
+    class Slow(Given):
         def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
             (tmp_path / "late").mkdir(exist_ok=True)
             (tmp_path / "late" / "precious").write_text("x")
@@ -213,7 +213,7 @@ def test_a_checkpoint_of_very_many_files(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(writer, "FILE_BYTES", 1)
     monkeypatch.setattr(reader, "MOST_OPEN", 5)
     expected = tensors(torch.float32)
-    write_weights(tmp_path / "out", MODEL, InMemory(expected))
+    write_weights(tmp_path / "out", MODEL, Given(expected))
     before = len(os.listdir("/proc/self/fd"))
     stored = open_checkpoint(tmp_path / "out")
     assert all(torch.equal(stored.read(name), tensor) for name, tensor in expected.items())

@@ -14,9 +14,8 @@ import torch
 
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder
 from megatron_atum.checkpoint.stored import write_weights
-from megatron_atum.checkpoint.weights import InMemory
 from megatron_atum.training import verify as core
-from tests.checkpoint.folders import all_of, change_config, change_tensors, read_all
+from tests.checkpoint.folders import Given, all_of, change_config, change_tensors, read_all
 from tests.distributed import run_distributed
 from tests.model.cases import Case, hf_config, randomise
 from tests.tools.calls import Done, call
@@ -199,7 +198,7 @@ def test_weights_are_compared_bit_for_bit(made: Path) -> None:
     state["model.norm.weight"][0], other["model.norm.weight"][0] = 0.0, -0.0
     other["lm_head.weight"][-1, -1] += 2.0
     read: list[int] = []
-    report = core.compare_weights(InMemory(state), InMemory(other), read.append)
+    report = core.compare_weights(Given(state), Given(other), read.append)
     assert report.tensors == len(state) and sum(read) == sum(tensor.nbytes for tensor in state.values())
     assert report.different == {"model.norm.weight": 0.0, "lm_head.weight": pytest.approx(2.0)}
 
