@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -200,7 +201,8 @@ def _raised(pipe: Connection) -> str:
 
 def _strike(process: Any, root: Path) -> None:
     write_death(root, checkpoints_of(root), "clock")
-    os.kill(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # over, and the fork server has taken note of it
+        os.kill(process.pid, signal.SIGKILL)
     process.join()
     if process.exitcode != -signal.SIGKILL:  # it was over already
         (root / "death.json").unlink()
