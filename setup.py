@@ -26,6 +26,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",
+        "fsspec>=2024.2",
         "numpy>=1.26",
         "omegaconf>=2.3,<3",
         "packaging>=24.2",
@@ -42,7 +43,21 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.0"],
+        # converters (parquet, images by URL), s3://, plots
+        "data": ["matplotlib>=3.8", "pyarrow>=15", "requests>=2.31", "s3fs>=2024.2"],
         "demo": ["matplotlib>=3.8", "scikit-image>=0.24", "scikit-learn>=1.5"],
-        "dev": ["mypy>=1.11", "pytest>=8", "ruff>=0.6", "types-PyYAML", "types-protobuf", "types-psutil", "types-tqdm"],
+        "dev": [
+            "flask>=3",  # with flask-cors: moto's server
+            "flask-cors>=5",
+            "moto[s3]>=5",
+            "mypy>=1.11",
+            "pytest>=8",
+            "ruff>=0.6",
+            "types-PyYAML",
+            "types-protobuf",
+            "types-psutil",
+            "types-requests",
+            "types-tqdm",
+        ],
     },
 )

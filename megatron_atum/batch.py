@@ -15,6 +15,8 @@ from torch import Tensor
 
 PAD_POSITION = 1  # Hugging Face gives padding the position 1 (modeling_idefics.py: IdeficsModel.forward)
 NO_IMAGE = -1
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue in [0, 1]
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Batch:
     loss_mask: Tensor  # [b,S] float32: 1 where the position counts in the cross entropy
     z_mask: Tensor  # [b,S] float32: 1 where the position counts in the z-loss (real tokens, not <image>)
     position_ids: Tensor  # [b,S] int64: PAD_POSITION at padding
-    pixels: Tensor  # [n,3,H,W] float32, normalised
+    pixels: Tensor  # [n,3,H,W] uint8 as decoded, or float32 already normalised
     image_index: Tensor  # [b,S] int64: which image of its own row a token sees, NO_IMAGE for none
     images_per_row: Tensor  # [b] int64
     source: tuple[str, ...]  # [b] name of each row's data source
@@ -50,7 +52,8 @@ class StepData:
     """All microbatches of one global step on one rank, and what the data side knows about the step."""
 
     microbatches: list[Batch]
-    faults: int = 0  # samples lost to faults so far, counted by the loader
+    faults: int = 0  # samples and images lost to faults so far, on all ranks
+    messages: tuple[str, ...] = ()  # what was lost in this step
 
 
 def images_per_tensor_rank(num_images: int, tensor_size: int) -> int:
@@ -63,6 +66,24 @@ def image_slice(num_images: int, tensor_rank: int, tensor_size: int) -> slice:
     share = images_per_tensor_rank(num_images, tensor_size)
     start = min(num_images, tensor_rank * share)
     return slice(start, min(num_images, start + share))
+
+
+def normalise_pixels(pixels: Tensor) -> Tensor:
+    """(value / 255 - mean) / std per channel, on the device of its input.
+
+    Args:
+        pixels: [n,3,H,W] uint8 of any strides; floating point is taken as normalised.
+
+    Returns:
+        [n,3,H,W] contiguous float32, rounded as by HF's PIL processor; or the input itself if it was floating point.
+    """
+    if pixels.is_floating_point():
+        return pixels
+    # Channels are brought in order while they are bytes, and numbers per channel need no transfer to the device.
+    values = pixels.contiguous().to(torch.float32).div_(255)
+    for channel, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD, strict=True)):
+        values[:, channel].sub_(mean).div_(std)
+    return values
 
 
 def position_ids_from_mask(attention_mask: Tensor) -> Tensor:

@@ -84,23 +84,45 @@ class ParallelConfig:
     units_per_chunk: list[int] | None = None  # units (cross-attention + its decoder layers) of each chunk, in order
 
 
+FILTERS = (  # m4 training/packing.py: split_pack_and_pad_webdocs
+    "special_token_in_text",  # spelt out as ordinary text where it is not filtered
+    "no_image",
+    "ends_with_two_images",
+    "three_consecutive_images",
+    "only_image_last",  # no text can see it
+    "few_tokens",
+)
+
+
 @dataclass
 class SourceConfig:
     name: str = "???"
-    shards: str = "???"  # glob of WebDataset shards
-    weight: float = 1.0  # share of tokens, relative to the other sources
+    shards: str = "???"  # manifest.json of tools/data/index.py, or a glob of WebDataset shards; local or s3://
+    weight: float | None = None  # share of tokens, relative to the other sources; default: that of data.mixture
+    epochs: float | None = None  # data.mixture=by_tokens counts the source's tokens this often; default: the mixture's
     kind: str = "documents"  # documents | pairs
     max_images: int = 70  # most images in one packed row
+    filters: list[str] | None = None  # instead of data.filters
 
 
 @dataclass
 class DataConfig:
     sources: list[SourceConfig] = _list()
+    validation: list[SourceConfig] = _list()  # held out: read in one fixed order, without augmentation
+    validation_packs: int = 256  # rows of each validation source
     tokenizer: str | None = None  # sentencepiece tokenizer.model, or the folder it lies in
     sequence_length: int = 1024
+    mixture: str = "published"  # published | draft_card | by_tokens: weights of sources that set none
+    filters: list[str] = _list(*FILTERS)  # samples that are dropped, and counted; faulty ones always are
+    shuffle_samples: int = 131072  # samples of a source that are shuffled together (whole shards)
     p_next: float = 0.0  # probability that a row's tokens see the next image instead of the previous one
+    image_at_end: float = 0.0  # probability that the caption of a pair stands before its image
     augment: bool = True  # random resized crop of training images (scale 0.9-1.0)
+    draft: bool = False  # decode large JPEGs at a lower resolution, still at least twice the model's
     workers: int = 2  # decoding processes per rank; 0 decodes in the training process
+    max_fault_rate: float = 0.01  # the run stops when more samples or images of a source than this are broken
+    on_missing_shard: str = "stop"  # stop | skip: images of a shard that is gone are treated as broken ones
+    on_change: str = "error"  # error | restart | continue: when the data of a resumed run are not the checkpoint's
 
 
 @dataclass

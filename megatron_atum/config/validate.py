@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_atum.config.schema import Config
+from megatron_atum.config.schema import FILTERS, Config, SourceConfig
 from megatron_atum.config.suggest import unknown
 from megatron_atum.errors import ConfigError
 
@@ -17,6 +17,9 @@ _CHOICES = {
     "training.precision": ("auto", "bf16", "fp32"),
     "training.loss_normalization": ("tokens", "idefics"),
     "optimizer.schedule": ("linear", "cosine", "constant"),
+    "data.mixture": ("published", "draft_card", "by_tokens"),
+    "data.on_missing_shard": ("stop", "skip"),
+    "data.on_change": ("error", "restart", "continue"),
 }
 _POSITIVE = (
     "model.vocab_size",
@@ -38,6 +41,8 @@ _POSITIVE = (
     "model.perceiver.head_dim",
     "model.perceiver.num_latents",
     "data.sequence_length",
+    "data.shuffle_samples",
+    "data.validation_packs",
     "training.steps",
     "optimizer.decay_steps",
     "logging.every",
@@ -55,6 +60,8 @@ _NOT_NEGATIVE = (
 )
 _RANGES = {  # key: lowest, highest, what is said of them
     "data.p_next": (0.0, 1.0, "from 0 to 1"),
+    "data.image_at_end": (0.0, 1.0, "from 0 to 1"),
+    "data.max_fault_rate": (0.0, 1.0, "from 0 to 1"),
     "optimizer.beta1": (0.0, 0.9999999, "from 0 to below 1"),
     "optimizer.beta2": (0.0, 0.9999999, "from 0 to below 1"),
     "optimizer.lr": (0.0, float("inf"), "not negative"),
@@ -139,13 +146,30 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_sources(config: Config) -> None:
-    names = [source.name for source in config.data.sources]
-    for place, source in enumerate(config.data.sources):
-        key = f"data.sources[{place}]"
-        _known(f"{key}.kind", [source.kind], ("documents", "pairs"))
-        if source.weight <= 0:
-            raise ConfigError(f"{key}.weight={source.weight}: must be above 0")
-        if source.max_images < 1:
-            raise ConfigError(f"{key}.max_images={source.max_images}: must be at least 1")
-        if names.count(source.name) > 1:
-            raise ConfigError(f"{key}.name={source.name!r} is used twice; sources need names of their own")
+    data = config.data
+    _known("data.filters", data.filters, FILTERS)
+    names = [source.name for source in [*data.sources, *data.validation]]
+    for section, sources in (("sources", data.sources), ("validation", data.validation)):
+        for place, source in enumerate(sources):
+            _check_source(f"data.{section}[{place}]", source)
+            if names.count(source.name) > 1:
+                raise ConfigError(
+                    f"data.{section}[{place}].name={source.name!r} is used twice; sources need names of their own"
+                )
+    held_out = {source.shards for source in data.validation}
+    for place, source in enumerate(data.sources):
+        if source.shards in held_out:
+            raise ConfigError(
+                f"data.sources[{place}].shards={source.shards} is also under data.validation; hold it out"
+            )
+
+
+def _check_source(key: str, source: SourceConfig) -> None:
+    _known(f"{key}.kind", [source.kind], ("documents", "pairs"))
+    _known(f"{key}.filters", source.filters or [], FILTERS)
+    for name in ("weight", "epochs"):
+        value = getattr(source, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{key}.{name}={value}: must be above 0")
+    if source.max_images < 1:
+        raise ConfigError(f"{key}.max_images={source.max_images}: must be at least 1")

@@ -1,180 +1,188 @@
-"""What a source holds, in arrays: for every usable sample its key, members, tokens and images.
+"""What a source holds: its shards and, as far as they are in use, their sidecars.
 
-Built by reading the tar headers and the text members once; images are not opened. The index of a source is a pure
-function of its shards, the tokenizer and the sequence length, so every rank builds the same one.
+A source is a manifest, or a glob of shards. Shards without a sidecar are indexed in memory when a run starts, which
+is meant for small data sets; `tools/data/index.py` does it once and for all.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import NoReturn
+import json
+from collections import OrderedDict
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_atum.config.schema import SourceConfig
-from megatron_atum.data.shards import Member, ShardReader, StoredSample, expand_shards, scan_shard
-from megatron_atum.data.text import Sample, SampleFault, encode_sample, parse_sample
+from megatron_atum.data.flags import ALWAYS_MASK, FAULTS, mask_of
+from megatron_atum.data.manifest import Manifest, ShardEntry, dropped, entry_of, read_manifest
+from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path
+from megatron_atum.data.storage import MissingFile, Storage, list_files
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
 
-KINDS = ("documents", "pairs")
+MAX_IN_MEMORY_BYTES = 4 << 30  # of shards without a sidecar
+OPEN_SIDECARS = 1024  # most that a process keeps mapped
 
 
-@dataclass(frozen=True)
 class SourceIndex:
-    """Usable samples of one source. n samples, m members of all samples.
+    """Samples of one source, numbered through all shards: those of shard s begin at `first_sample[s]`."""
 
-    The members of sample i are the rows `first_member[i]` to `first_member[i + 1]`: first its text, then its images
-    in the order in which the text shows them.
-    """
-
-    name: str
-    kind: str  # documents | pairs
-    max_images: int  # most images in one pack
-    shards: tuple[str, ...]
-    tokenizer_sha256: str
-    keys: NDArray[np.bytes_]  # [n] UTF-8
-    shard: NDArray[np.int32]  # [n] position in `shards`
-    tokens: NDArray[np.int32]  # [n] with <s>, </s> and image tokens
-    images: NDArray[np.int32]  # [n]
-    first_member: NDArray[np.int64]  # [n+1]
-    member_offset: NDArray[np.int64]  # [m] bytes
-    member_size: NDArray[np.int64]  # [m] bytes
-    faults: dict[str, int] = field(default_factory=dict)  # reason -> samples dropped
-    lost_images: int = 0  # images of used documents that were lost before the shards were written
+    def __init__(
+        self,
+        source: SourceConfig,
+        shards: tuple[ShardEntry, ...],
+        filters: list[str],
+        tokenizer_sha256: str,
+        storage: Storage,
+        in_memory: dict[int, Sidecar] | None = None,
+    ) -> None:
+        """Args: filters: names of flags that drop a sample, beside faults; in_memory: sidecars that are no files."""
+        self.name, self.kind, self.max_images = source.name, source.kind, source.max_images
+        self.shards = shards
+        self.drop_mask = ALWAYS_MASK | mask_of(filters)
+        self.tokenizer_sha256 = tokenizer_sha256
+        self.first_sample = np.concatenate([[0], np.cumsum([shard.samples for shard in shards])]).astype(np.int64)
+        self._storage = storage
+        self._in_memory = in_memory or {}
+        self._open: OrderedDict[int, Sidecar] = OrderedDict()
+        self.usable, self.tokens, self.images = self._totals()
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        """Samples, usable or not."""
+        return int(self.first_sample[-1])
 
-    @property
-    def dropped(self) -> int:
-        """Samples that cannot be used, for all reasons."""
-        return sum(self.faults.values())
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Shard of a sample and its row there."""
+        shard = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
+        return shard, sample - int(self.first_sample[shard])
 
-    def location(self, sample: int) -> tuple[str, str]:
-        """Shard and key of a sample."""
-        return self.shards[self.shard[sample]], self.keys[sample].decode()
+    def sidecar(self, shard: int) -> Sidecar:
+        """Raises DataError: missing, damaged, or of another shard, kind or tokenizer than the manifest says."""
+        if shard in self._in_memory:
+            return self._in_memory[shard]
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= OPEN_SIDECARS:
+            self._open.popitem(last=False)
+        self._open[shard] = self._checked(self.shards[shard])
+        return self._open[shard]
 
-    def members(self, sample: int) -> list[Member]:
-        """Places of the text member and of the images."""
-        rows = range(self.first_member[sample], self.first_member[sample + 1])
-        return [Member(int(self.member_offset[row]), int(self.member_size[row])) for row in rows]
+    def sample(self, sample: int) -> tuple[int, Sidecar, int]:
+        """Shard of a sample, the shard's sidecar, and the sample's row there."""
+        shard, row = self.locate(sample)
+        return shard, self.sidecar(shard), row
+
+    def dropped(self) -> dict[str, int]:
+        """Samples that are never used, by reason, and damaged shards."""
+        return dropped(self.shards, self.drop_mask)
+
+    def faults(self) -> int:
+        """Samples that are broken."""
+        counts = dropped(self.shards, mask_of(FAULTS))
+        return sum(counts[reason] for reason in counts if reason in FAULTS)
 
     def digest(self) -> str:
         """Hash of everything that decides how samples are packed and what they say.
 
         Where the shards lie is left out, so that a data set can be moved.
         """
-        digest = hashlib.sha256(f"{self.name}/{self.kind}/{self.max_images}/{self.tokenizer_sha256}".encode())
-        for array in (self.keys, self.tokens, self.images, self.member_size):
-            digest.update(f"/{array.dtype.str}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
+        settings = [self.name, self.kind, self.max_images, self.drop_mask, self.tokenizer_sha256]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for shard in self.shards:
+            digest.update(f"/{shard.samples}/{shard.index_sha256}".encode())
         return digest.hexdigest()
 
+    def _totals(self) -> tuple[int, int, int]:
+        used = np.array([shard.used(self.drop_mask) for shard in self.shards], np.int64).reshape(-1, 3).sum(axis=0)
+        if not used[0]:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped().items())
+            raise DataError(
+                f"source {self.name} has no usable sample ({reasons or 'its shards are empty'}); "
+                "mend the shards, or take the filters that drop them off data.filters"
+            )
+        return int(used[0]), int(used[1]), int(used[2])
 
-def build_index(source: SourceConfig, tokenizer: Tokenizer, sequence_length: int) -> SourceIndex:
-    """Reads all shards of a source.
+    def _checked(self, entry: ShardEntry) -> Sidecar:
+        path = sidecar_path(entry.path)
+        try:
+            sidecar = read_sidecar(path, self._storage)
+        except MissingFile as error:
+            raise DataError(f"{path} is missing; make it again with tools/data/index.py ({error})") from error
+        found = (len(sidecar), sidecar.info.tar_bytes, sidecar.info.kind, sidecar.info.tokenizer_sha256)
+        if found != (entry.samples, entry.bytes, self.kind, self.tokenizer_sha256):
+            raise DataError(f"{path} is not the one its manifest was made with; run tools/data/index.py again")
+        return sidecar
 
-    Samples with a fault, with more than `sequence_length` tokens or with more than `source.max_images` images are
-    dropped and counted by reason.
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}  # maps belong to one process
+
+
+def open_source(source: SourceConfig, filters: list[str], tokenizer: Tokenizer, storage: Storage) -> SourceIndex:
+    """The index of a source.
+
+    Args:
+        filters: `data.filters`, which the source's own replace.
 
     Raises:
-        DataError: no shard, a damaged shard, an unknown kind, or no usable sample.
+        DataError: no shard, files of another kind or tokenizer, or no usable sample.
     """
-    if source.kind not in KINDS:
-        raise DataError(f"source {source.name} has kind {source.kind!r}; use one of {', '.join(KINDS)}")
-    builder = _Builder(source, tokenizer, sequence_length)
-    for path in expand_shards(source.shards):
-        builder.add_shard(path)
-    return builder.finish()
+    filters = filters if source.filters is None else source.filters
+    if source.shards.endswith(".json"):
+        manifest = read_manifest(source.shards, storage)
+        _check_manifest(source, manifest, tokenizer)
+        return SourceIndex(source, manifest.shards, filters, tokenizer.sha256, storage)
+    entries: list[ShardEntry] = []
+    in_memory: dict[int, Sidecar] = {}
+    indexed_bytes = 0
+    for number, path in enumerate(_shard_paths(source)):
+        sidecar = _stored_sidecar(path, source.kind, tokenizer, storage)
+        if sidecar is None:
+            indexed_bytes += storage.size(path)
+            _check_small(source, indexed_bytes)
+            sidecar = in_memory[number] = build_sidecar(path, source.kind, tokenizer, storage)
+        entries.append(entry_of(path, sidecar))
+    return SourceIndex(source, tuple(entries), filters, tokenizer.sha256, storage, in_memory)
 
 
-class _Builder:
-    """The index of one source while it grows."""
+def _shard_paths(source: SourceConfig) -> list[str]:
+    paths = [path for path in list_files(source.shards) if not path.endswith(".tmp")]
+    if not paths:
+        raise DataError(
+            f"source {source.name}: no shard matches {source.shards}; correct the source's `shards`, or write the "
+            "shards first"
+        )
+    return paths
 
-    def __init__(self, source: SourceConfig, tokenizer: Tokenizer, sequence_length: int) -> None:
-        self._source = source
-        self._tokenizer = tokenizer
-        self._sequence_length = sequence_length
-        self._text_name = "json" if source.kind == "documents" else "txt"
-        self._reader = ShardReader()
-        self._seen: set[str] = set()
-        self._shards: list[str] = []
-        self._keys: list[bytes] = []
-        self._numbers: list[tuple[int, int, int]] = []  # shard, tokens, images of each sample
-        self._members: list[list[Member]] = []
-        self._faults: Counter[str] = Counter()
-        self._lost_images = 0
 
-    def add_shard(self, path: str) -> None:
-        """Adds the samples of a shard, or counts why not. Raises DataError when the shard is damaged."""
-        self._shards.append(path)
-        for stored in scan_shard(path):
-            try:
-                self._add(path, stored)
-            except SampleFault as fault:
-                self._faults[fault.reason] += 1
+def _stored_sidecar(path: str, kind: str, tokenizer: Tokenizer, storage: Storage) -> Sidecar | None:
+    """The sidecar beside a shard if it is that of this shard, kind and tokenizer as they are now."""
+    if not storage.exists(sidecar_path(path)):
+        return None
+    try:
+        sidecar = read_sidecar(sidecar_path(path), storage)
+    except DataError:
+        return None
+    info = sidecar.info
+    same = (info.tar_bytes, info.kind, info.tokenizer_sha256) == (storage.size(path), kind, tokenizer.sha256)
+    return sidecar if same else None
 
-    def finish(self) -> SourceIndex:
-        self._reader.close()
-        if not self._keys:
-            self._raise_empty()
-        shard, tokens, images = np.array(self._numbers, np.int32).T.copy()
-        places = np.array([member for members in self._members for member in members], np.int64)
-        counts = [len(members) for members in self._members]
-        return SourceIndex(
-            name=self._source.name,
-            kind=self._source.kind,
-            max_images=self._source.max_images,
-            shards=tuple(self._shards),
-            tokenizer_sha256=self._tokenizer.sha256,
-            keys=np.array(self._keys, dtype=np.bytes_),
-            shard=shard,
-            tokens=tokens,
-            images=images,
-            first_member=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            member_offset=places[:, 0].copy(),
-            member_size=places[:, 1].copy(),
-            faults=dict(sorted(self._faults.items())),
-            lost_images=self._lost_images,
+
+def _check_manifest(source: SourceConfig, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    where = f"source {source.name}: {source.shards}"
+    if manifest.kind != source.kind:
+        raise DataError(f"{where} holds {manifest.kind}, but kind is {source.kind}; correct the source's `kind`")
+    if manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise DataError(
+            f"{where} was made with another tokenizer ({manifest.tokenizer_sha256:.12}, data.tokenizer is "
+            f"{tokenizer.sha256:.12}); run tools/data/index.py with this one, or correct data.tokenizer"
         )
 
-    def _add(self, path: str, stored: StoredSample) -> None:
-        if stored.key in self._seen:
-            raise SampleFault("duplicate_key")
-        self._seen.add(stored.key)
-        if self._text_name not in stored.members:
-            raise SampleFault("missing_part")
-        text_member = stored.members[self._text_name]
-        sample = parse_sample(self._reader.read(path, text_member), self._source.kind)
-        members = [text_member, *self._image_members(stored, sample)]
-        encoded = encode_sample(sample, self._tokenizer)
-        tokens, images = len(encoded.ids), len(encoded.image_positions)
-        if tokens > self._sequence_length:
-            raise SampleFault("too_long")
-        if images > self._source.max_images:
-            raise SampleFault("too_many_images")
-        self._keys.append(stored.key.encode("utf-8", "surrogateescape"))
-        self._numbers.append((len(self._shards) - 1, tokens, images))
-        self._members.append(members)
-        self._lost_images += sample.lost_images
 
-    def _image_members(self, stored: StoredSample, sample: Sample) -> list[Member]:
-        """The images in the order in which the text shows them."""
-        present = stored.image_names()
-        listed = present[:1] if self._source.kind == "pairs" else [image.name for image in sample.images]
-        if len(listed) < len(sample.images) or any(name not in stored.members for name in listed):
-            raise SampleFault("missing_part")
-        if set(present) - set(listed):
-            raise SampleFault("image_count_mismatch")
-        return [stored.members[name] for name in listed]
-
-    def _raise_empty(self) -> NoReturn:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(self._faults.items()))
+def _check_small(source: SourceConfig, size: int) -> None:
+    if size > MAX_IN_MEMORY_BYTES:
         raise DataError(
-            f"source {self._source.name} ({self._source.shards}) has no usable sample ({reasons or 'empty shards'}); "
-            "mend the shards, or raise data.sequence_length or max_images if samples are too long"
+            f"source {source.name}: {source.shards} has more than {MAX_IN_MEMORY_BYTES >> 30} GiB of shards without "
+            "an index; make one with tools/data/index.py, and give its manifest.json as `shards`"
         )

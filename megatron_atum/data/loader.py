@@ -1,27 +1,60 @@
 """The batches of a training step on one rank.
 
 Every rank runs the same planner over all packs and builds only its own microbatches. Step k takes the packs
-`k * global_batch_size` to `(k + 1) * global_batch_size - 1`. Within the step, global microbatch q holds
-`micro_batch_size` consecutive packs, and belongs to data-parallel rank `q % data_parallel_size`. So the packs of a
-step, and which of them share a microbatch, do not depend on the parallel layout.
+`k * global_batch_size` to `(k + 1) * global_batch_size - 1`; which of them share a microbatch, and the order of the
+microbatches, is decided by their images (deal.py). Microbatch q belongs to data-parallel rank
+`q % data_parallel_size`. So what a step computes does not depend on the parallel layout.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from megatron_atum.batch import Batch, StepData
 from megatron_atum.config.schema import DataConfig
-from megatron_atum.data.index import SourceIndex, build_index
-from megatron_atum.data.microbatch import ImageShare, MicrobatchBuilder
+from megatron_atum.data.deal import deal
+from megatron_atum.data.faults import FaultCounts, hide_images
+from megatron_atum.data.index import SourceIndex, open_source
+from megatron_atum.data.microbatch import Built, ImageShare, MicrobatchBuilder
+from megatron_atum.data.mixture import shares
 from megatron_atum.data.planner import Pack, Planner
+from megatron_atum.data.storage import Storage
 from megatron_atum.data.tokenizer import Tokenizer
-from megatron_atum.errors import ConfigError, DataError
+from megatron_atum.errors import AtumError, ConfigError, DataError
+
+# Takes the fault codes of all images of a step as this rank knows them, and what went wrong here (then without codes);
+# returns the largest of all ranks' codes, or raises on all ranks what went wrong on one.
+Agree = Callable[[Tensor, AtumError | None], Tensor]
+
+
+def alone(codes: Tensor, error: AtumError | None) -> Tensor:
+    """Agreement of a single process."""
+    if error is not None:
+        raise error
+    return codes
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What every rank knows of a step before anything is read."""
+
+    microbatches: list[list[Pack]]
+    state: dict[str, Any]  # of the planner after it
+
+    @property
+    def packs(self) -> list[Pack]:
+        return [pack for packs in self.microbatches for pack in packs]
+
+    def first_image(self, microbatch: int) -> int:
+        """Number within the step of a microbatch's first image."""
+        return sum(pack.images for packs in self.microbatches[:microbatch] for pack in packs)
 
 
 class StepLoader:
@@ -43,7 +76,7 @@ class StepLoader:
         encodes_images: bool,
         pad_token_id: int = 0,
     ) -> None:
-        """Builds the index of every source.
+        """Opens every source.
 
         Args:
             model_vocab_size: `model.vocab_size`; the tokenizer must have as many pieces.
@@ -54,8 +87,8 @@ class StepLoader:
             encodes_images: False on pipeline stages without the vision tower; they get no pixels.
 
         Raises:
-            ConfigError: the global batch cannot be dealt evenly.
-            DataError: tokenizer or shards cannot be used.
+            ConfigError: the global batch cannot be dealt evenly, or a source has no weight.
+            DataError: tokenizer or shards cannot be used, or too much of a source is broken.
         """
         per_round = micro_batch_size * data_parallel_size
         if global_batch_size < 1 or global_batch_size % per_round:
@@ -63,91 +96,168 @@ class StepLoader:
                 f"training.global_batch_size={global_batch_size} is no multiple of training.micro_batch_size x "
                 f"data-parallel size = {per_round}; use e.g. {max(1, global_batch_size // per_round) * per_round}"
             )
-        self.tokenizer = _load_tokenizer(data_config, model_vocab_size)
+        self.tokenizer = load_tokenizer(data_config, model_vocab_size)
+        storage = Storage()
+        sources = data_config.sources
+        self.indexes = [open_source(source, data_config.filters, self.tokenizer, storage) for source in sources]
+        self.faults = FaultCounts(self.indexes, data_config.max_fault_rate)
+        tokens = {index.name: index.tokens for index in self.indexes}
+        self.shares = shares(sources, data_config.mixture, tokens)
         length = data_config.sequence_length
-        self.indexes: list[SourceIndex] = [build_index(s, self.tokenizer, length) for s in data_config.sources]
-        weights = {source.name: source.weight for source in data_config.sources}
-        self._planner = Planner(self.indexes, weights, length, seed)
-        self._builder = MicrobatchBuilder(
-            indexes=self.indexes,
-            tokenizer=self.tokenizer,
-            sequence_length=length,
-            image_size=image_size,
-            seed=seed,
-            share=ImageShare(encodes_images, tensor_rank, tensor_size),
-            augment=data_config.augment,
-            p_next=data_config.p_next,
-            pad_token_id=pad_token_id,
+        self._planner = Planner(self.indexes, self.shares, length, seed, data_config.shuffle_samples)
+        share = ImageShare(encodes_images, tensor_rank, tensor_size)
+        self._builder = builder_for(
+            data_config, self.indexes, self.tokenizer, image_size, seed, share, storage, pad_token_id
         )
-        self._workers = data_config.workers
-        self._micro_batch_size = micro_batch_size
-        self._global_batch_size = global_batch_size
+        # Token ids are copied from maps: too little work for a process of its own.
+        self._workers = data_config.workers if encodes_images else 0
+        self._on_change = data_config.on_change
+        self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
         self._dp_rank, self._dp_size = data_parallel_rank, data_parallel_size
-        self._microbatches = global_batch_size // per_round
-        self._state = self._planner.state_dict()
-        self._planned_states: deque[dict[str, Any]] = deque()  # one per step that is planned but not handed out
-        self._stream: Iterator[Batch | DataError] | None = None
+        self._planned: deque[PlannedStep] = deque()  # steps that are not handed out yet
+        self._planner_state = self._planner.state_dict()
+        self._stream: Iterator[Built | DataError] | None = None
 
-    def next_step(self) -> StepData:
-        """The microbatches of this rank for the next step. Raises DataError (e.g. an image that cannot be decoded)."""
+    def next_step(self, agree: Agree = alone) -> StepData:
+        """The microbatches of this rank for the next step.
+
+        Raises:
+            DataError: with `agree`, on all ranks.
+        """
+        built, error = self._collect()
+        if error is not None:
+            self.close()
+            agree(torch.zeros(0, dtype=torch.uint8), error)
+        step = self._planned.popleft()
+        codes = agree(self._codes(step, built), None)
+        lost = self.faults.add(step.packs, codes)
+        batches = [self._finish(step, q, one, codes) for q, one in zip(self._mine, built, strict=True)]
+        self._planner_state = step.state
+        self.faults.check()
+        return StepData(batches, self.faults.total, tuple(lost))
+
+    def start(self) -> None:
+        """Starts the workers, so that they read ahead."""
         if self._stream is None:
-            self._stream = self._start()
-        microbatches = []
-        for _ in range(self._microbatches):
-            built = next(self._stream)
-            if isinstance(built, DataError):
-                self.close()
-                raise built
-            microbatches.append(built)
-        self._state = self._planned_states.popleft()
-        return StepData(microbatches, faults=sum(index.dropped for index in self.indexes))
+            self._stream = iter(self._loader())
 
     def fault_report(self) -> dict[str, dict[str, int]]:
-        """Samples dropped, by source and reason."""
-        return {index.name: dict(index.faults) for index in self.indexes}
+        """Samples dropped and images lost, by source and reason, so far."""
+        report = self.faults.report()
+        for name, reasons in self._dropped_by_length().items():
+            report[name] |= reasons
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last step handed out, whatever was prefetched beyond it. The same on every rank."""
-        return dict(self._state)
+        return {**self._planner_state, "faults": self.faults.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues after the step the state was taken at, under any layout. Raises DataError."""
-        self._planner.load_state_dict(state)
-        self._state = dict(state)
+        self._planner.load_state_dict(state, self._on_change)
+        self._planner_state = self._planner.state_dict()
+        self.faults.load_state_dict(state.get("faults", {}))
         self.close()
 
     def close(self) -> None:
         """Stops the workers. The next step after it is again the one after the last that was handed out."""
         self._stream = None  # the iterator's destructor ends its processes
-        self._planned_states.clear()
-        self._planner.load_state_dict(self._state)
+        self._planned.clear()
+        self._planner.load_state_dict(self._planner_state)
 
-    def _start(self) -> Iterator[Batch | DataError]:
-        loader: DataLoader[Any] = DataLoader(
-            self._builder,  # type: ignore[arg-type]  # keys are tuples of packs
+    @property
+    def _mine(self) -> range:
+        """Numbers of this rank's microbatches in a step."""
+        return range(self._dp_rank, self._global_batch_size // self._micro_batch_size, self._dp_size)
+
+    def _loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self._builder,  # type: ignore[arg-type]  # keys are lists of packs
             batch_size=None,
             sampler=self._plan(),
             num_workers=self._workers,
             collate_fn=_unchanged,
             generator=torch.Generator(),  # else it draws a number from the global generator of the training process
         )
-        return iter(loader)
 
-    def _plan(self) -> Iterator[tuple[Pack, ...]]:
+    def _plan(self) -> Iterator[list[Pack]]:
         """Packs of each microbatch of this rank. Runs in the training process, ahead of what is handed out."""
-        size = self._micro_batch_size
         while True:
-            packs = tuple(self._planner.next() for _ in range(self._global_batch_size))
-            self._planned_states.append(self._planner.state_dict())
-            for q in range(self._dp_rank, self._global_batch_size // size, self._dp_size):
-                yield packs[q * size : (q + 1) * size]
+            packs = [self._planner.next() for _ in range(self._global_batch_size)]
+            step = PlannedStep(deal(packs, self._micro_batch_size), self._planner.state_dict())
+            self._planned.append(step)
+            for q in self._mine:
+                yield step.microbatches[q]
+
+    def _collect(self) -> tuple[list[Built], DataError | None]:
+        """This rank's microbatches of a step, or why there are none."""
+        built: list[Built] = []
+        try:
+            self.start()
+            assert self._stream is not None
+            for _ in self._mine:
+                one = next(self._stream)
+                if isinstance(one, DataError):
+                    return [], one
+                built.append(one)
+        except DataError as error:  # of the planner
+            return [], error
+        except RuntimeError as error:  # of torch's loader, about a worker
+            return [], DataError(f"a decoding process ended ({error}); it may lack memory: lower data.workers")
+        return built, None
+
+    def _codes(self, step: PlannedStep, built: list[Built]) -> Tensor:
+        """[images of the step] uint8: what this rank found."""
+        codes = torch.zeros(sum(pack.images for pack in step.packs), dtype=torch.uint8)
+        for q, one in zip(self._mine, built, strict=True):
+            share = self._builder.share.of(sum(one.images_per_row))
+            first = step.first_image(q) + share.start
+            codes[first : first + len(one.codes)] = torch.from_numpy(one.codes)
+        return codes
+
+    def _finish(self, step: PlannedStep, q: int, built: Built, codes: Tensor) -> Batch:
+        first = step.first_image(q)
+        return hide_images(self._builder.finish(built), codes[first : first + sum(built.images_per_row)])
+
+    def _dropped_by_length(self) -> dict[str, dict[str, int]]:
+        positions = self._planner_state["sources"]
+        return {index.name: dict(positions[index.name][1][-1]) for index in self.indexes}
+
+
+def builder_for(
+    data_config: DataConfig,
+    indexes: list[SourceIndex],
+    tokenizer: Tokenizer,
+    image_size: int,
+    seed: int,
+    share: ImageShare,
+    storage: Storage,
+    pad_token_id: int,
+) -> MicrobatchBuilder:
+    """The builder a configuration asks for."""
+    return MicrobatchBuilder(
+        indexes=indexes,
+        tokenizer=tokenizer,
+        sequence_length=data_config.sequence_length,
+        image_size=image_size,
+        seed=seed,
+        share=share,
+        storage=storage,
+        augment=data_config.augment,
+        draft=data_config.draft,
+        p_next=data_config.p_next,
+        image_at_end=data_config.image_at_end,
+        skip_missing=data_config.on_missing_shard == "skip",
+        pad_token_id=pad_token_id,
+    )
+
+
+def load_tokenizer(data_config: DataConfig, vocab_size: int) -> Tokenizer:
+    """Raises DataError."""
+    if not data_config.tokenizer:
+        raise DataError("data.tokenizer is not set; give the language model's tokenizer.model or its folder")
+    return Tokenizer.load(data_config.tokenizer, vocab_size)
 
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _load_tokenizer(data_config: DataConfig, vocab_size: int) -> Tokenizer:
-    if not data_config.tokenizer:
-        raise DataError("data.tokenizer is not set; give the language model's tokenizer.model or its folder")
-    return Tokenizer.load(data_config.tokenizer, vocab_size)

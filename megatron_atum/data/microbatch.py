@@ -1,4 +1,4 @@
-"""One microbatch from the packs of its rows: reads, tokenises and decodes.
+"""One microbatch from the packs of its rows: token ids from the sidecars, pixels from the shards.
 
 Stateless, so it runs in the training process or in any worker with the same result.
 
@@ -8,30 +8,35 @@ H, W image size in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_atum.batch import Batch, image_slice, position_ids_from_mask, shift_labels
 from megatron_atum.data.image_attention import next_image_index, previous_image_index
-from megatron_atum.data.images import decode_image, eval_transform, train_transform
+from megatron_atum.data.images import IMAGE_FAULTS, ImageFault, decode_image, eval_pixels, train_pixels
 from megatron_atum.data.index import SourceIndex
 from megatron_atum.data.planner import Pack
 from megatron_atum.data.rng import Random
-from megatron_atum.data.shards import Member, ShardReader
-from megatron_atum.data.text import SampleFault, encode_sample, parse_sample
+from megatron_atum.data.scan import Member
+from megatron_atum.data.storage import MissingFile, Storage
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
+
+DRAFT = 2  # data.draft keeps at least this many times the model's image size
 
 
 @dataclass(frozen=True)
 class ImagePlace:
     """Where an image of a microbatch lies, and its number within its row (it seeds the crop)."""
 
-    shard: str
-    key: str
+    source: int
+    shard: int
+    row: int  # of its sample in the shard
     member: Member
     pack_id: int
     number: int
@@ -45,8 +50,21 @@ class ImageShare:
     tensor_rank: int = 0
     tensor_size: int = 1
 
-    def of(self, images: list[ImagePlace]) -> list[ImagePlace]:
-        return images[image_slice(len(images), self.tensor_rank, self.tensor_size)] if self.encodes_images else []
+    def of(self, num_images: int) -> slice:
+        return image_slice(num_images, self.tensor_rank, self.tensor_size) if self.encodes_images else slice(0, 0)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A microbatch as it comes from a worker. Arrays that are no tensors cross the process boundary in one message."""
+
+    ids: NDArray[np.int32]  # [b,S] padded on the right
+    lengths: list[int]  # [b] real tokens
+    looks_ahead: list[bool]  # [b] whether tokens see the next image
+    images_per_row: list[int]
+    packs: list[tuple[int, int]]  # [b] id and source
+    pixels: Tensor  # [n,3,H,W] uint8; 0 where an image is broken
+    codes: NDArray[np.uint8]  # [n] 0, or the image's fault: place in IMAGE_FAULTS + 1
 
 
 @dataclass
@@ -59,29 +77,48 @@ class MicrobatchBuilder:
     image_size: int
     seed: int
     share: ImageShare
+    storage: Storage
     augment: bool
+    draft: bool
     p_next: float
+    image_at_end: float
+    skip_missing: bool
     pad_token_id: int
 
     def __post_init__(self) -> None:
-        self._reader = ShardReader()
+        self._known: set[tuple[int, int]] = set()  # shards whose size has been compared with their index
 
-    def __getitem__(self, packs: Sequence[Pack]) -> Batch | DataError:
+    def __getitem__(self, packs: Sequence[Pack]) -> Built | DataError:
         """A DataError is handed back instead of raised: a worker would wrap it in its traceback."""
         try:
             return self.build(packs)
         except DataError as error:
             return error
 
-    def build(self, packs: Sequence[Pack]) -> Batch:
-        """The microbatch whose rows are these packs. Raises DataError."""
-        rows, images, images_per_row = [], [], []
-        for pack in packs:
-            ids, places = self._read_row(pack)
-            rows.append(ids)
-            images += places
-            images_per_row.append(len(places))
-        ids_bS, mask_bS = self._pad(rows)
+    def build(self, packs: Sequence[Pack]) -> Built:
+        """Raises DataError: files are missing or are not those of the index."""
+        ids_bS = np.full((len(packs), self.sequence_length), self.pad_token_id, np.int32)
+        lengths, places = [], []
+        for row, pack in enumerate(packs):
+            ids = np.concatenate([self._sample_ids(pack, place) for place in range(len(pack.samples))])
+            ids_bS[row, : len(ids)] = ids
+            lengths.append(len(ids))
+            places += self._image_places(pack)
+        pixels_n3HW, codes = self._decode_all(places[self.share.of(len(places))])
+        return Built(
+            ids=ids_bS,
+            lengths=lengths,
+            looks_ahead=[self._drawn(self.p_next, "p_next", pack.id) for pack in packs],
+            images_per_row=[pack.images for pack in packs],
+            packs=[(pack.id, pack.source) for pack in packs],
+            pixels=pixels_n3HW,
+            codes=codes,
+        )
+
+    def finish(self, built: Built) -> Batch:
+        """What the model takes. Runs in the training process: it costs little, and few arrays need to travel."""
+        ids_bS = torch.from_numpy(built.ids).to(torch.int64)
+        mask_bS = (torch.arange(self.sequence_length) < torch.tensor(built.lengths)[:, None]).to(torch.int64)
         labels_bS, loss_mask_bS = shift_labels(ids_bS, mask_bS)
         return Batch(
             input_ids=ids_bS,
@@ -89,62 +126,94 @@ class MicrobatchBuilder:
             loss_mask=loss_mask_bS,
             z_mask=(mask_bS * (ids_bS != self.tokenizer.image_id)).to(torch.float32),
             position_ids=position_ids_from_mask(mask_bS),
-            pixels=self._pixels(self.share.of(images)),
-            image_index=torch.stack([self._image_index(p, ids_S) for p, ids_S in zip(packs, ids_bS, strict=True)]),
-            images_per_row=torch.tensor(images_per_row, dtype=torch.int64),
-            source=tuple(self.indexes[pack.source].name for pack in packs),
-            pack_ids=torch.tensor([pack.id for pack in packs], dtype=torch.int64),
+            pixels=built.pixels,
+            image_index=self._image_index(ids_bS, built.looks_ahead),
+            images_per_row=torch.tensor(built.images_per_row, dtype=torch.int64),
+            source=tuple(self.indexes[source].name for _, source in built.packs),
+            pack_ids=torch.tensor([pack_id for pack_id, _ in built.packs], dtype=torch.int64),
         )
 
-    def _read_row(self, pack: Pack) -> tuple[list[int], list[ImagePlace]]:
-        """Token ids of a pack and the places of its images, in the order of its <image> tokens."""
+    def _image_index(self, ids_bS: Tensor, looks_ahead: list[bool]) -> Tensor:
+        """[b,S] int64. Whether a row looks ahead is drawn for the whole row."""
+        previous_bS = previous_image_index(ids_bS, self.tokenizer.image_id, self.tokenizer.eos_id)
+        if not any(looks_ahead):
+            return previous_bS
+        next_bS = next_image_index(ids_bS, self.tokenizer.image_id, self.tokenizer.eos_id)
+        return torch.where(torch.tensor(looks_ahead)[:, None], next_bS, previous_bS)
+
+    def _sample_ids(self, pack: Pack, place: int) -> NDArray[np.int64]:
         index = self.indexes[pack.source]
-        ids: list[int] = []
-        places: list[ImagePlace] = []
-        for sample in pack.samples:
-            shard, key = index.location(sample)
-            text, *images = index.members(sample)
-            ids += self._sample_ids(index, sample, self._reader.read(shard, text))
-            places += [ImagePlace(shard, key, m, pack.id, len(places) + i) for i, m in enumerate(images)]
-        return ids, places
+        _, sidecar, row = index.sample(pack.samples[place])
+        ids = sidecar.sample_ids(row).astype(np.int64)
+        for cut in pack.cuts:
+            if cut.place == place:
+                ids = ids[cut.start : cut.stop]
+                return np.concatenate([[self.tokenizer.bos_id], ids]) if cut.start else ids
+        if index.kind == "pairs" and self._drawn(self.image_at_end, "image_at_end", pack.id, place):
+            return np.concatenate([ids[:1], ids[4:-1], ids[1:4], ids[-1:]])  # <s> FAKE IMG FAKE caption </s>
+        return ids
 
-    def _sample_ids(self, index: SourceIndex, sample: int, raw: bytes) -> list[int]:
+    def _drawn(self, probability: float, *purpose: int | str) -> bool:
+        return probability > 0 and Random(self.seed, *purpose).uniform() < probability
+
+    def _image_places(self, pack: Pack) -> list[ImagePlace]:
+        """The images of a pack in the order of its <image> tokens."""
+        found = []
+        index, cuts = self.indexes[pack.source], {cut.place: cut for cut in pack.cuts}
+        for place, sample in enumerate(pack.samples):
+            shard, sidecar, row = index.sample(sample)
+            members = sidecar.image_members(row)
+            if place in cuts:
+                first, last = np.searchsorted(sidecar.image_positions(row), cuts[place][1:])
+                members = members[first:last]
+            found += [(shard, row, member) for member in members]
+        assert len(found) == pack.images, pack
+        return [ImagePlace(pack.source, *where, pack.id, number) for number, where in enumerate(found)]
+
+    def _decode_all(self, places: list[ImagePlace]) -> tuple[Tensor, NDArray[np.uint8]]:
+        """[n,3,H,W] uint8, and [n] codes."""
+        pixels_n3HW = torch.zeros(len(places), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        codes = np.zeros(len(places), np.uint8)
+        for number, place in enumerate(places):
+            try:
+                # Channels first already here: the training process would have to do it otherwise.
+                pixels_n3HW.numpy()[number] = self._decode(place).transpose(2, 0, 1)
+            except ImageFault as fault:
+                codes[number] = IMAGE_FAULTS.index(fault.reason) + 1
+        return pixels_n3HW, codes
+
+    def _decode(self, place: ImagePlace) -> NDArray[np.uint8]:
+        """[H,W,3] uint8. Raises ImageFault, or DataError when the shard is at fault."""
         try:
-            encoded = encode_sample(parse_sample(raw, index.kind), self.tokenizer)
-        except SampleFault:
-            encoded = None
-        found = None if encoded is None else (len(encoded.ids), len(encoded.image_positions))
-        if encoded is None or found != (index.tokens[sample], index.images[sample]):
-            shard, key = index.location(sample)
-            raise DataError(f"shard {shard}, key {key}: text changed since the run started; restore it or start again")
-        return encoded.ids
-
-    def _pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Rows padded on the right: [b,S] int64 token ids, and [b,S] int64 with 1 at real tokens."""
-        ids_bS = torch.full((len(rows), self.sequence_length), self.pad_token_id, dtype=torch.int64)
-        mask_bS = torch.zeros_like(ids_bS)
-        for row, ids in enumerate(rows):
-            ids_bS[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-            mask_bS[row, : len(ids)] = 1
-        return ids_bS, mask_bS
-
-    def _image_index(self, pack: Pack, ids_S: Tensor) -> Tensor:
-        """[S] int64. Whether a row looks ahead is drawn for the whole row."""
-        looks_ahead = Random(self.seed, "p_next", pack.id).uniform() < self.p_next
-        index_of = next_image_index if looks_ahead else previous_image_index
-        return index_of(ids_S, self.tokenizer.image_id, self.tokenizer.eos_id)
-
-    def _pixels(self, images: list[ImagePlace]) -> Tensor:
-        """[n,3,H,W] float32."""
-        pixels_n3HW = torch.empty(len(images), 3, self.image_size, self.image_size)
-        for number, place in enumerate(images):
-            pixels_n3HW[number] = self._decode(place)
-        return pixels_n3HW
-
-    def _decode(self, place: ImagePlace) -> Tensor:
-        """[3,H,W] float32. Raises DataError naming shard and key."""
-        data = self._reader.read(place.shard, place.member)
-        image = decode_image(data, f"shard {place.shard}, key {place.key}")
+            self._check_shard(place)
+            data = self.storage.read(self.indexes[place.source].shards[place.shard].path, *place.member)
+        except MissingFile as error:
+            if self.skip_missing:
+                raise ImageFault("missing_shard", str(error)) from error
+            raise DataError(f"{error}. Restore the shard, or say data.on_missing_shard=skip") from error
+        image = decode_image(data, DRAFT * self.image_size if self.draft else 0)
         if not self.augment:
-            return eval_transform(image, self.image_size)
-        return train_transform(image, self.image_size, Random(self.seed, "crop", place.pack_id, place.number))
+            return eval_pixels(image, self.image_size)
+        return train_pixels(image, self.image_size, Random(self.seed, "crop", place.pack_id, place.number))
+
+    def _check_shard(self, place: ImagePlace) -> None:
+        """The shard is as long as it was when it was indexed. Asked once by each process."""
+        if (place.source, place.shard) in self._known:
+            return
+        entry = self.indexes[place.source].shards[place.shard]
+        size = self.storage.size(entry.path)
+        if size != entry.bytes:
+            raise DataError(
+                f"shard {entry.path} has {size} bytes, and had {entry.bytes} when it was indexed; restore it, or run "
+                "tools/data/index.py again"
+            )
+        self._known.add((place.source, place.shard))
+
+
+def describe(indexes: Sequence[SourceIndex], packs: Sequence[Pack]) -> Iterator[tuple[str, str, str]]:
+    """Source, shard and key of each sample of some packs."""
+    for pack in packs:
+        index = indexes[pack.source]
+        for sample in pack.samples:
+            shard, sidecar, row = index.sample(sample)
+            yield index.name, index.shards[shard].path, sidecar.key(row)

@@ -1,7 +1,6 @@
-"""Which samples go into which pack: a pure function of (index, mixture, seed, number of the pack).
+"""Which samples go into which pack: a pure function of (manifests, mixture, seed, number of the pack).
 
-A pack is one row of a batch. Its source is the one that is furthest behind its share of tokens; its samples are the
-next ones of that source's shuffled epoch, as many as fit. Samples are never cut.
+A pack is one row of a batch, and holds samples of one source: the one that is furthest behind its share of tokens.
 """
 
 from __future__ import annotations
@@ -12,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_atum.data.index import SourceIndex
-from megatron_atum.data.rng import Random
+from megatron_atum.data.stream import Cut, SourceStream
 from megatron_atum.errors import DataError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+ON_CHANGE = ("error", "restart", "continue")
 
 
 @dataclass(frozen=True)
@@ -29,114 +26,129 @@ class Pack:
     id: int  # global number in the stream, from 0
     source: int
     samples: tuple[int, ...]
-
-
-@dataclass
-class _Cursor:
-    """How far a source has been read."""
-
-    epoch: int = 0
-    position: int = 0  # in the permutation of the epoch
-    tokens: int = 0  # handed out so far
+    tokens: int
+    images: int
+    cuts: tuple[Cut, ...] = ()
 
 
 class Planner:
     """The stream of packs."""
 
     def __init__(
-        self, indexes: Sequence[SourceIndex], weights: Mapping[str, float], sequence_length: int, seed: int
+        self,
+        indexes: Sequence[SourceIndex],
+        shares: Mapping[str, float],
+        sequence_length: int,
+        seed: int,
+        group_samples: int,
     ) -> None:
-        """Args: indexes: one per source; weights: share of tokens by source name, on any scale.
-
-        Raises:
-            DataError: no source, two of one name, a negative weight or no positive one.
+        """
+        Args:
+            shares: of tokens by source, 1 in all (mixture.py).
+            sequence_length: tokens of a row.
+            group_samples: samples that are shuffled together.
         """
         self.indexes = list(indexes)
-        self.sequence_length = sequence_length
-        self.seed = seed
-        self._weights = _normalised_weights(self.indexes, weights)
-        self._cursors = [_Cursor() for _ in self.indexes]
+        self.streams = [SourceStream(index, sequence_length, seed, group_samples) for index in indexes]
+        self._shares = [shares[index.name] for index in indexes]
+        self._row_tokens = sequence_length
         self._packs = 0
-        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}  # source -> epoch and its permutation
-        self.hash = self._hash()
+        self._digests = [stream.digest() for stream in self.streams]
+        identity = [STATE_VERSION, list(zip(self._names, self._shares, self._digests, strict=True))]
+        self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def next(self) -> Pack:
         """The next pack of the stream."""
         source = self._furthest_behind()
-        index, cursor = self.indexes[source], self._cursors[source]
-        samples: list[int] = []
-        tokens = images = 0
-        while True:
-            sample = self._peek(source)
-            sample_tokens, sample_images = int(index.tokens[sample]), int(index.images[sample])
-            full = tokens + sample_tokens > self.sequence_length or images + sample_images > index.max_images
-            if full and samples:
-                break  # the sample stays in its place and opens the next pack of this source
-            samples.append(sample)
-            tokens, images = tokens + sample_tokens, images + sample_images
-            cursor.position += 1
-        cursor.tokens += tokens
+        row = self.streams[source].next()
         self._packs += 1
-        return Pack(self._packs - 1, source, tuple(samples))
+        return Pack(self._packs - 1, source, row.samples, row.tokens, row.images, row.cuts)
+
+    def tokens(self) -> dict[str, int]:
+        """Handed out so far, by source."""
+        return {name: stream.position.tokens for name, stream in zip(self._names, self.streams, strict=True)}
+
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """Samples too long for a row, by source and reason, of what has been read."""
+        return {name: stream.dropped() for name, stream in zip(self._names, self.streams, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream: small, global, and writable as JSON."""
         sources = {
-            index.name: [cursor.epoch, cursor.position, cursor.tokens]
-            for index, cursor in zip(self.indexes, self._cursors, strict=True)
+            name: [digest, stream.state()]
+            for name, digest, stream in zip(self._names, self._digests, self.streams, strict=True)
         }
         return {"version": STATE_VERSION, "hash": self.hash, "packs": self._packs, "sources": sources}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position of this same stream. Raises DataError when the state belongs to another stream."""
-        if not isinstance(state, Mapping):
-            raise DataError(f"data state cannot be used: it is {state!r:.40}; start a new run")
-        if state.get("version") != STATE_VERSION:
-            raise DataError(f"data state has version {state.get('version')!r}, not {STATE_VERSION}; start a new run")
-        if state.get("hash") != self.hash:
-            raise DataError(
-                f"data state belongs to another data stream (hash {state.get('hash')!s:.12}, now {self.hash:.12}): "
-                "shards, tokenizer, sources, weights, max_images, data.sequence_length or seed changed; "
-                "restore them or start a new run"
-            )
+    def load_state_dict(self, state: Mapping[str, Any], on_change: str = "error") -> None:
+        """Goes to a position of this same stream.
+
+        Args:
+            on_change: when the state belongs to another stream: `error`; `restart` begins this stream at its first
+                pack; `continue` goes on with the next number: sources that are as they were go on where they were,
+                others begin, and the shares are kept from here on.
+
+        Raises:
+            DataError: the state belongs to another stream, or is none.
+        """
+        _check_state(state)
         try:
-            self._cursors = [_Cursor(*state["sources"][index.name]) for index in self.indexes]
-            self._packs = int(state["packs"])
-        except (KeyError, TypeError, ValueError) as error:
+            if state["hash"] == self.hash:
+                self._load(state, {name: state["sources"][name][1] for name in self._names})
+            elif on_change == "restart":
+                self._load({"packs": 0}, {})
+            elif on_change == "continue":
+                self._load(state, self._unchanged(state["sources"]))
+            else:
+                raise DataError(self._difference(state))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(f"data state cannot be used ({error!r}); start a new run") from None
+
+    @property
+    def _names(self) -> list[str]:
+        return [index.name for index in self.indexes]
 
     def _furthest_behind(self) -> int:
         """The source with the largest deficit of tokens; the first of equals."""
-        total = sum(cursor.tokens for cursor in self._cursors) + self.sequence_length
-        deficits = [w * total - c.tokens for w, c in zip(self._weights, self._cursors, strict=True)]
+        total = sum([stream.position.tokens for stream in self.streams]) + self._row_tokens
+        deficits = [
+            share * total - stream.position.tokens for share, stream in zip(self._shares, self.streams, strict=True)
+        ]
         return deficits.index(max(deficits))
 
-    def _peek(self, source: int) -> int:
-        """Number of the source's next sample; opens a new epoch when the last one is used up."""
-        index, cursor = self.indexes[source], self._cursors[source]
-        if cursor.position >= len(index):
-            cursor.epoch, cursor.position = cursor.epoch + 1, 0
-        epoch, order = self._orders.get(source, (-1, None))
-        if epoch != cursor.epoch or order is None:
-            order = Random(self.seed, "order", index.name, cursor.epoch).permutation(len(index))
-            self._orders[source] = (cursor.epoch, order)
-        return int(order[cursor.position])
+    def _load(self, state: Mapping[str, Any], positions: Mapping[str, list[Any]]) -> None:
+        self._packs = int(state["packs"])
+        for name, stream in zip(self._names, self.streams, strict=True):
+            stream.load_state(positions.get(name, [0, 0, 0, 0, 0, {}]))
 
-    def _hash(self) -> str:
-        mixture = [(index.name, weight) for index, weight in zip(self.indexes, self._weights, strict=True)]
-        digests = [index.digest() for index in self.indexes]
-        identity = json.dumps([STATE_VERSION, mixture, digests, self.sequence_length, self.seed])
-        return hashlib.sha256(identity.encode()).hexdigest()
+    def _unchanged(self, sources: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Positions of the sources that are as they were, their tokens counted anew."""
+        found = {}
+        for name, digest in zip(self._names, self._digests, strict=True):
+            if name in sources and sources[name][0] == digest:
+                epoch, group, window, row, _, dropped = sources[name][1]
+                found[name] = [epoch, group, window, row, 0, dropped]
+        return found
+
+    def _difference(self, state: Mapping[str, Any]) -> str:
+        theirs = state["sources"]
+        pairs = list(zip(self._names, self._digests, strict=True))
+        what = [f"source {name} is new" for name in self._names if name not in theirs]
+        what += [f"source {name} is gone" for name in theirs if name not in self._names]
+        what += [
+            f"source {name} changed (its shards, filters, max_images, or data.tokenizer, data.sequence_length, "
+            "data.shuffle_samples or training.seed)"
+            for name, digest in pairs
+            if name in theirs and theirs[name][0] != digest
+        ]
+        return (
+            f"data state belongs to another data stream: {'; '.join(what) or 'the weights or their order changed'}. "
+            "Restore it, start a new run, or say data.on_change=continue or restart"
+        )
 
 
-def _normalised_weights(indexes: Sequence[SourceIndex], weights: Mapping[str, float]) -> list[float]:
-    names = [index.name for index in indexes]
-    if not names:
-        raise DataError("no data source; give at least one under data.sources")
-    if len(set(names)) != len(names):
-        raise DataError(f"two data sources have one name ({', '.join(names)}); give each its own")
-    values = [weights[name] for name in names]
-    total = sum(values)
-    if min(values) < 0 or total <= 0:
-        raise DataError(f"weights of the data sources are {values}; none may be negative and one must be positive")
-    return [value / total for value in values]
+def _check_state(state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise DataError(f"data state cannot be used: it is {state!r:.40}; start a new run")
+    if state.get("version") != STATE_VERSION:
+        raise DataError(f"data state has version {state.get('version')!r}, not {STATE_VERSION}; start a new run")

@@ -25,6 +25,10 @@ class Random:
         unit = (int(self._bits.random_raw()) >> 11) * 2.0**-53
         return low + (high - low) * unit
 
+    def uniforms(self, size: int) -> NDArray[np.float64]:
+        """[size] floats in [0, 1)."""
+        return (self._bits.random_raw(size) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
     def integer(self, end: int) -> int:
         """One integer in [0, end)."""
         return int(self.uniform() * end)

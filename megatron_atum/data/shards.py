@@ -12,24 +12,19 @@ webdataset's `.decode()` is never used: it unpickles some members.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from webdataset.writer import TarWriter
 
+from megatron_atum.data.scan import ShardScan
+from megatron_atum.data.storage import Storage
 from megatron_atum.errors import DataError
 
 FORMAT_VERSION = 1
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-BLOCK = 512  # bytes of a tar block
-OPEN_FILES = 64  # most shards a reader keeps open
-_MEMBER_NAME = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 _MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"RIFF", "webp"))
 
 
@@ -53,24 +48,6 @@ class PairRecord:
     image: bytes
     text: str
     meta: dict[str, Any] | None = None
-
-
-class Member(NamedTuple):
-    """Where the bytes of a member lie in its shard."""
-
-    offset: int
-    size: int
-
-
-@dataclass
-class StoredSample:
-    """Adjacent members of one key, by name after `KEY.`."""
-
-    key: str
-    members: dict[str, Member]
-
-    def image_names(self) -> list[str]:
-        return [name for name in self.members if name.rsplit(".", 1)[-1].lower() in IMAGE_SUFFIXES]
 
 
 def write_shard(path: str | os.PathLike[str], records: Iterable[DocumentRecord | PairRecord]) -> int:
@@ -101,75 +78,20 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[DocumentRecord |
     return len(keys)
 
 
-def expand_shards(pattern: str) -> list[str]:
-    """Sorted paths of the shards a glob names. Raises DataError when there are none."""
-    if pattern.endswith(".json"):
-        raise DataError(f"{pattern}: manifests cannot be read yet; give a glob of shards, e.g. shards/*.tar")
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    if not paths:
-        raise DataError(f"no shard matches {pattern}; correct the source's `shards` or write the shards first")
-    return paths
-
-
-def scan_shard(path: str) -> Iterator[StoredSample]:
-    """Samples of a shard in order, from its headers alone. A key that comes back later is a sample of its own.
+def read_shard(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {name: content}) of every sample: for tools and tests; training reads by index.
 
     Raises:
         DataError: the shard is missing, compressed, damaged or cut off.
     """
-    sample: StoredSample | None = None
-    for name, member in _scan_members(path):
-        match = _MEMBER_NAME.match(name)
-        # A member without KEY and suffix becomes a sample without usable members, so that it is counted.
-        key, suffix = match.groups() if match else (name, "")
-        if sample is None or sample.key != key:
-            if sample is not None:
-                yield sample
-            sample = StoredSample(key, {})
-        sample.members[suffix] = member
-    if sample is not None:
-        yield sample
-
-
-class ShardReader:
-    """Reads single members by offset and keeps a bounded number of shards open."""
-
-    def __init__(self) -> None:
-        self._files: dict[str, int] = {}
-
-    def read(self, path: str, member: Member) -> bytes:
-        """Content of a member. Raises DataError when the shard is gone or shorter than it was."""
-        try:
-            data = os.pread(self._open(path), member.size, member.offset)
-        except OSError as error:
-            raise DataError(f"shard {path} cannot be read ({error}); restore it") from error
-        if len(data) != member.size:
-            raise DataError(f"shard {path} ends before byte {member.offset + member.size}; restore it and start again")
-        return data
-
-    def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def _open(self, path: str) -> int:
-        if path not in self._files:
-            if len(self._files) >= OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return self._files[path]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_files": {}}  # file descriptors belong to one process
-
-
-def read_shard(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {name: content}) of every sample: for tools and tests; training reads by index. Raises DataError."""
-    reader = ShardReader()
-    try:
-        for sample in scan_shard(path):
-            yield sample.key, {name: reader.read(path, member) for name, member in sample.members.items()}
-    finally:
-        reader.close()
+    path, storage = os.fspath(path), Storage()
+    scan = ShardScan(storage, path)
+    for sample in scan:
+        if not sample.cut_off:
+            yield sample.key, {name: storage.read(path, *member) for name, member in sample.members.items()}
+    storage.close()
+    if scan.damage:
+        raise DataError(f"shard {path} is {scan.damage}; copy or write it again")
 
 
 def image_suffix(data: bytes, where: str) -> str:
@@ -225,26 +147,3 @@ def _check_key(key: str, seen: set[str], path: str) -> None:
     if key in seen:
         raise DataError(f"{path}: key {key!r} is used twice; keys must be unique in a data set")
     seen.add(key)
-
-
-def _scan_members(path: str) -> Iterator[tuple[str, Member]]:
-    """Names and places of the regular files of a tar.
-
-    tarfile ends quietly at a damaged header and at the end of a cut file. So the end is checked here: a complete
-    tar has a block of zeros behind its last member.
-    """
-    end = 0
-    try:
-        with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for info in tar:
-                end = info.offset_data + -(-info.size // BLOCK) * BLOCK
-                if info.isfile():
-                    yield info.name, Member(info.offset_data, info.size)
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header in memory
-            stream.seek(end)
-            if stream.read(BLOCK) != bytes(BLOCK):
-                raise DataError(f"shard {path} is damaged or cut off at byte {end}; copy or write it again")
-    except FileNotFoundError as error:
-        raise DataError(f"shard {path} does not exist; restore it or correct the source's `shards`") from error
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"shard {path} is no complete uncompressed tar ({error}); copy or write it again") from error

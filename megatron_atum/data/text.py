@@ -8,12 +8,16 @@ and spaces at both ends of the document fall away.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
+from itertools import groupby
 
+from megatron_atum.data.flags import MAX_CONSECUTIVE_IMAGES, MIN_TEXT_TOKENS, mask_of
 from megatron_atum.data.tokenizer import FAKE_TOKEN, IMAGE_TOKEN, Tokenizer
 
 DOCUMENT_BOUNDARY = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"  # stands inside OBELICS texts where the topic changes
 SPECIAL_TEXTS = ("<s>", "</s>", FAKE_TOKEN, IMAGE_TOKEN)
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: json can spell one, UTF-8 cannot
 
 
 class SampleFault(Exception):
@@ -42,8 +46,16 @@ class Sample:
     lost_images: int = 0
 
     @property
+    def parts(self) -> list[Part]:
+        return [part for parts in self.documents for part in parts]
+
+    @property
     def images(self) -> list[Image]:
-        return [part for parts in self.documents for part in parts if isinstance(part, Image)]
+        return [part for part in self.parts if isinstance(part, Image)]
+
+    @property
+    def texts(self) -> list[str]:
+        return [part for part in self.parts if isinstance(part, str)]
 
 
 @dataclass
@@ -52,6 +64,7 @@ class Encoded:
 
     ids: list[int] = field(default_factory=list)
     image_positions: list[int] = field(default_factory=list)
+    text_tokens: int = 0  # without control and image tokens
 
 
 def parse_sample(raw: bytes, kind: str) -> Sample:
@@ -66,7 +79,6 @@ def parse_sample(raw: bytes, kind: str) -> Sample:
 def parse_pair(text: str) -> Sample:
     """Image, then its caption."""
     caption = text.strip()
-    _check_text(caption)
     if not caption:
         raise SampleFault("no_text")
     return Sample([[Image(), caption]])
@@ -81,10 +93,10 @@ def parse_document(text: str) -> Sample:
         raise SampleFault("bad_json") from error
     if not _well_formed(texts, images):
         raise SampleFault("bad_json")
-    for item in texts:
-        _check_text(item or "")
+    if any(_SURROGATE.search(text) for text in texts if text):
+        raise SampleFault("not_utf8")
     sample = Sample(document_parts(texts, images), lost_images=sum(name == "" for name in images))
-    if not any(isinstance(part, str) for parts in sample.documents for part in parts):
+    if not sample.texts:
         raise SampleFault("no_text")
     return sample
 
@@ -115,7 +127,9 @@ def encode_sample(sample: Sample, tokenizer: Tokenizer) -> Encoded:
         after_image = False
         for part in parts:
             if isinstance(part, str):
-                encoded.ids += tokenizer.encode(part)
+                pieces = tokenizer.encode(part)
+                encoded.text_tokens += len(pieces)
+                encoded.ids += pieces
             else:
                 if not after_image:
                     encoded.ids.append(tokenizer.fake_id)
@@ -126,18 +140,37 @@ def encode_sample(sample: Sample, tokenizer: Tokenizer) -> Encoded:
     return encoded
 
 
+def filter_flags(sample: Sample, encoded: Encoded, kind: str) -> int:
+    """Bits of the filters (flags.py) that a well-formed sample meets. The neighbourhood of images is that of the whole
+    sample, also where it holds several documents.
+    """
+    found = []
+    # Harmless to this tokenizer, which spells them out, but others (HF's) would read them as control tokens.
+    if any(special in text for text in sample.texts for special in SPECIAL_TEXTS):
+        found.append("special_token_in_text")
+    if kind == "documents":
+        found += _document_filters([isinstance(part, Image) for part in sample.parts], encoded.text_tokens)
+    return mask_of(found)
+
+
+def _document_filters(is_image: list[bool], text_tokens: int) -> list[str]:
+    longest = max((len(list(run)) for image, run in groupby(is_image) if image), default=0)
+    met = {
+        "no_image": longest == 0,
+        "ends_with_two_images": all(is_image[-2:]) and len(is_image) > 1,
+        "three_consecutive_images": longest > MAX_CONSECUTIVE_IMAGES,
+        "only_image_last": sum(is_image) == 1 and is_image[-1],
+        "few_tokens": text_tokens < MIN_TEXT_TOKENS,
+    }
+    return [name for name, is_met in met.items() if is_met]
+
+
 def _well_formed(texts: object, images: object) -> bool:
     """Equal lengths, and at each place exactly one of text and image (strings)."""
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         return False
     pairs = zip(texts, images, strict=True)
     return all((isinstance(t, str) and i is None) or (t is None and isinstance(i, str)) for t, i in pairs)
-
-
-def _check_text(text: str) -> None:
-    # They would be harmless to this tokenizer, but others (HF's) would read them as control tokens.
-    if any(special in text for special in SPECIAL_TEXTS):
-        raise SampleFault("special_token_in_text")
 
 
 def _append_text(parts: list[Part], text: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_atum.batch import Batch
+from megatron_atum.batch import Batch, normalise_pixels
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.model.attention import causal_mask
 from megatron_atum.model.image_attention import AttentionPlan, make_plan
@@ -17,7 +17,7 @@ from megatron_atum.parallel.groups import ProcessGroups
 
 @dataclass(frozen=True)
 class StageInput:
-    """One microbatch. Shapes as in `batch.Batch`."""
+    """One microbatch. Shapes as in `batch.Batch`; pixels are normalised."""
 
     input_ids: Tensor
     labels: Tensor
@@ -54,7 +54,7 @@ def _prepare_one(batch: Batch, r: int, device: torch.device, dtype: torch.dtype)
         loss_mask=move(batch.loss_mask),
         z_mask=move(batch.z_mask),
         position_ids=move(batch.position_ids),
-        pixels=move(batch.pixels).to(dtype),
+        pixels=normalise_pixels(move(batch.pixels)).to(dtype),
         num_images=batch.num_images,
         plan=make_plan(batch).to(device),
         causal_mask=None if batch.attention_mask is None else causal_mask(move(batch.attention_mask)),

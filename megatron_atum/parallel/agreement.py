@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_atum.errors import AtumError, ConfigError
 from megatron_atum.parallel.device import device
@@ -31,6 +32,27 @@ def together(work: Callable[[], T]) -> T:
         dist.all_gather_object(errors, error)
         raise next(problem for problem in errors if problem is not None)
     return result
+
+
+def largest_codes(codes: Tensor, error: AtumError | None, group: dist.ProcessGroup) -> Tensor:
+    """The largest of all ranks' codes; or, if there is an error on any rank, all raise that one.
+
+    Costs one all-reduce of two numbers as long as there are neither errors nor codes other than 0.
+
+    Args:
+        codes: [n] uint8 on the CPU, as many on every rank without an error.
+        group: of all ranks, over gloo.
+    """
+    found = torch.tensor([error is not None, bool(codes.any())], dtype=torch.uint8)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    if found[0]:
+        errors: list[AtumError | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group=group)
+        raise next(problem for problem in errors if problem is not None)
+    if found[1]:
+        codes = codes.clone()
+        dist.all_reduce(codes, op=dist.ReduceOp.MAX, group=group)
+    return codes
 
 
 def check_equal(what: dict[str, Any]) -> None:

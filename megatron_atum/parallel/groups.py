@@ -29,6 +29,7 @@ class ProcessGroups:
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
     pipeline: dist.ProcessGroup
+    host: dist.ProcessGroup  # all ranks, over gloo: for the thread that reads data (training/feed.py), and it alone
     collection: ProcessGroupCollection  # what megatron-core's modules take
     alone: ProcessGroupCollection  # the same with a tensor group of this rank only, for modules that are not split
 
@@ -91,6 +92,7 @@ def build_groups(layout: ParallelLayout, seed: int = 1) -> ProcessGroups:
         tensor=collection.tp,
         data=collection.dp,
         pipeline=collection.pp,
+        host=dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S)),
         collection=collection,
         alone=alone,
     )

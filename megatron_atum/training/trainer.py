@@ -17,6 +17,7 @@ from megatron_atum.errors import CheckpointError, ConfigError
 from megatron_atum.parallel.agreement import together
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.training.engine import Engine, StepResult
+from megatron_atum.training.feed import StepFeed
 from megatron_atum.training.metrics import MetricsFile, Terminal
 from megatron_atum.training.start import Start, place_of
 
@@ -71,8 +72,10 @@ class Trainer:
     def _next_step(self) -> StepData:
         """The step's microbatches; if the data of any rank is at fault, all ranks raise."""
         began = time.perf_counter()
-        data = together(self.start.loader.next_step)
+        data = self.feed.next()
         self.data_s = time.perf_counter() - began
+        for message in data.messages:
+            self.terminal.say(f"data: {message}")
         return data
 
     def _begin(self) -> None:
@@ -86,6 +89,7 @@ class Trainer:
             every=logging.every,
         )
         together(self._begin_files)
+        self.feed = StepFeed(self.start.loader, self.groups, self.config.training.steps - self.step)
         self._say_start()
 
     def _begin_files(self) -> None:
@@ -113,9 +117,15 @@ class Trainer:
             f"this rank: {trains:,} trainable and {frozen:,} frozen parameters; optimizer kernels: {kernels}\n"
             f"weights: {source}"
         )
-        for name, faults in self.start.loader.fault_report().items():
-            if faults:
-                self.terminal.say(f"data: {name}: samples dropped: {faults}")
+        shares = ", ".join(f"{name} {share:.2%}" for name, share in self.start.loader.shares.items())
+        self.terminal.say(f"data: shares of tokens: {shares}")
+        self._say_faults()
+
+    def _say_faults(self) -> None:
+        for name, reasons in self.feed.fault_report().items():
+            if reasons:
+                table = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+                self.terminal.say(f"data: {name}: dropped or lost: {table}")
 
     def _log(self, result: StepResult, data: StepData, step_s: float) -> None:
         tokens = _positions(data.microbatches) * self.groups.layout.data
@@ -137,7 +147,7 @@ class Trainer:
         self.terminal.step(values)
 
     def _save(self) -> None:
-        self._tell(self.checkpoint.save(self.step, self.start.loader.state_dict()))
+        self._tell(self.checkpoint.save(self.step, self.feed.state_dict()))
 
     def _tell(self, saves: list[Saved]) -> None:
         """A checkpoint that could not be written does not stop the run: the one before it is still there."""
@@ -154,7 +164,8 @@ class Trainer:
     def _end(self) -> None:
         """Raises CheckpointError if the last step could not be saved."""
         self._tell(self.checkpoint.wait())
-        self.start.loader.close()
+        self._say_faults()
+        self.feed.close()
         self.terminal.close()
         if self.save_error:
             raise CheckpointError(self.save_error)

@@ -1,10 +1,12 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -12,11 +14,12 @@ from PIL import Image
 from megatron_atum.batch import NO_IMAGE, PAD_POSITION, Batch, image_slice
 from megatron_atum.config.schema import DataConfig, SourceConfig
 from megatron_atum.data.image_attention import next_image_index, previous_image_index
-from megatron_atum.data.images import decode_image, eval_transform
+from megatron_atum.data.images import IMAGE_FAULTS, decode_image, eval_pixels
 from megatron_atum.data.loader import StepLoader
+from megatron_atum.data.microbatch import MicrobatchBuilder
 from megatron_atum.data.shards import DocumentRecord, PairRecord, read_shard, write_shard
 from megatron_atum.data.tokenizer import Tokenizer
-from megatron_atum.errors import ConfigError, DataError
+from megatron_atum.errors import AtumError, ConfigError, DataError
 
 MakeLoader = Callable[..., StepLoader]
 MakeConfig = Callable[..., DataConfig]
@@ -38,14 +41,16 @@ def steps(loader: StepLoader, count: int) -> list[Batch]:
 def test_batch_keeps_the_contract(make_loader: MakeLoader, data_config: MakeConfig, tokenizer: Tokenizer):
     batches = steps(make_loader(data_config(p_next=0.0)), 2)
     assert len(batches) == 8
-    assert torch.cat([batch.pack_ids for batch in batches]).tolist() == list(range(16))
+    ids = torch.cat([batch.pack_ids for batch in batches]).tolist()
+    assert [sorted(ids[:8]), sorted(ids[8:])] == [list(range(8)), list(range(8, 16))]  # dealt out within each step
     assert {name for batch in batches for name in batch.source} == {"web", "captions"}
     for batch in batches:
         ids_bS = batch.input_ids
         lengths_b = batch.position_ids.max(-1).values + 1
         real_bS = torch.arange(256) < lengths_b[:, None]
         assert ids_bS.shape == (2, 256) and ids_bS.dtype == batch.labels.dtype == batch.image_index.dtype == torch.int64
-        assert batch.loss_mask.dtype == batch.z_mask.dtype == batch.pixels.dtype == torch.float32
+        assert batch.loss_mask.dtype == batch.z_mask.dtype == torch.float32
+        assert batch.pixels.dtype == torch.uint8 and batch.pixels.is_contiguous()
         assert (ids_bS[:, 0] == tokenizer.bos_id).all()
         assert (ids_bS[torch.arange(2), lengths_b - 1] == tokenizer.eos_id).all()
         assert (ids_bS[~real_bS] == 0).all() and (batch.position_ids[~real_bS] == PAD_POSITION).all()
@@ -73,8 +78,8 @@ def test_captions_meet_their_photographs(
             documents = tokenizer_split(ids_S.tolist(), tokenizer.eos_id)
             for ids in documents:
                 name = next(name for name, caption in captions.items() if caption == tokenizer.decode(ids))
-                photo = decode_image((tiny / "photos" / f"{name}.jpg").read_bytes(), name)
-                assert torch.equal(next(pixels), eval_transform(photo, 32))
+                photo = eval_pixels(decode_image((tiny / "photos" / f"{name}.jpg").read_bytes()), 32)
+                assert torch.equal(next(pixels), torch.tensor(photo).permute(2, 0, 1))
                 seen.add(name)
         assert next(pixels, None) is None
     assert seen == set(captions)
@@ -195,36 +200,220 @@ def test_global_generator_is_left_alone(make_loader: MakeLoader, data_config: Ma
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+# Faults --------------------------------------------------------------------------------------------------------------
+
+
+def pairs_source(tmp_path: Path, records: list[PairRecord]) -> SourceConfig:
+    write_shard(tmp_path / "0.tar", records)
+    return SourceConfig("s", str(tmp_path / "*.tar"), kind="pairs", max_images=4)
+
+
+@pytest.fixture
+def one_broken(tmp_path: Path, jpeg: bytes) -> SourceConfig:
+    """Three pictures, the one of `k1` cut in half."""
+    contents = [jpeg, jpeg[:-40], jpeg]
+    return pairs_source(tmp_path, [PairRecord(f"k{n}", data, f"picture {n}") for n, data in enumerate(contents)])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_image_names_shard_and_key(
+def test_no_token_sees_a_broken_image(
+    make_loader: MakeLoader, data_config: MakeConfig, tokenizer: Tokenizer, one_broken: SourceConfig, workers: int
+):
+    loader = make_loader(data_config(sources=[one_broken], workers=workers, max_fault_rate=0.1))
+    step = loader.next_step()
+    loader.close()
+    broken = 0
+    for batch in step.microbatches:
+        first = (batch.images_per_row.cumsum(0) - batch.images_per_row).tolist()
+        for row, ids_S in enumerate(batch.input_ids):
+            seen_S = batch.image_index[row]
+            for number, ids in enumerate(tokenizer_split(ids_S.tolist(), tokenizer.eos_id)):
+                is_broken = tokenizer.decode(ids) == "picture 1"
+                broken += is_broken
+                assert (number in seen_S) is not is_broken
+                assert bool(batch.pixels[first[row] + number].any()) is not is_broken
+        assert torch.equal(batch.images_per_row, (batch.input_ids == tokenizer.image_id).sum(-1))  # shapes stay
+    assert broken > 0 and step.faults == broken
+    assert loader.fault_report() == {"s": {"corrupt_image": broken}}
+    assert step.messages[0].startswith("s: corrupt_image: an image of k1 in ")
+    assert loader.state_dict()["faults"]["s"]["corrupt_image"] == broken
+
+
+def test_ranks_learn_of_each_others_broken_images(
+    make_loader: MakeLoader, data_config: MakeConfig, one_broken: SourceConfig
+):
+    """As with real ranks: what one of them found is merged and handed to all."""
+    config = data_config(sources=[one_broken], max_fault_rate=0.1)
+    whole = make_loader(config).next_step()
+    places = [{"tensor_rank": rank, "tensor_size": 2} for rank in range(2)] + [{"encodes_images": False}]
+    found: list[torch.Tensor] = []
+    for place in places:
+        make_loader(config, **place).next_step(lambda codes, error: found.append(codes) or codes)
+    assert not found[2].any() and not torch.equal(found[0], found[1])
+    merged = torch.stack(found).amax(0)
+    for place in places:
+        step = make_loader(config, **place).next_step(lambda codes, error: merged)
+        assert step.faults == whole.faults
+        for ours, theirs in zip(step.microbatches, whole.microbatches, strict=True):
+            assert_equal(ours, theirs, but=("pixels",))
+
+
+def test_too_many_broken_images_stop_the_run(
+    make_loader: MakeLoader, data_config: MakeConfig, one_broken: SourceConfig
+):
+    loader = make_loader(data_config(sources=[one_broken], max_fault_rate=0.02))
+    with pytest.raises(
+        DataError, match=r"source s: 2\d of \d+ images are broken \(corrupt_image: .*max_fault_rate=0.02"
+    ):
+        for _ in range(50):
+            loader.next_step()
+    endless = make_loader(data_config(sources=[one_broken], max_fault_rate=1.0))
+    assert [endless.next_step().faults for _ in range(20)][-1] > 20
+
+
+def test_the_count_of_broken_images_survives_a_resume(
+    make_loader: MakeLoader, data_config: MakeConfig, one_broken: SourceConfig
+):
+    config = data_config(sources=[one_broken], max_fault_rate=0.1)
+    first = make_loader(config)
+    first.next_step()
+    resumed = make_loader(config)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert resumed.faults.total == first.faults.total > 0
+    assert first.next_step().faults == resumed.next_step().faults
+    assert first.state_dict() == resumed.state_dict()
+
+
+def test_too_many_broken_samples_are_refused_at_the_start(
+    tmp_path: Path, make_loader: MakeLoader, data_config: MakeConfig, jpeg: bytes
+):
+    records = [PairRecord(f"k{n}", jpeg, "fine") for n in range(3)]
+    source = pairs_source(tmp_path, records)
+    shard = tmp_path / "0.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"fine", b"\xff\xfe\xfd\xfc", 1))
+    make_loader(data_config(sources=[source]))
+    with pytest.raises(DataError, match=r"source s: 1 of 3 samples are broken \(not_utf8: 1\)"):
+        make_loader(data_config(sources=[source], max_fault_rate=0.0))
+
+
+def test_faults_and_filters_are_reported(tmp_path: Path, make_loader: MakeLoader, data_config: MakeConfig, jpeg: bytes):
+    texts = ["fine", " ", "bad <image>", "long " * 300]
+    source = pairs_source(tmp_path, [PairRecord(str(n), jpeg, text) for n, text in enumerate(texts)])
+    loader = make_loader(data_config(sources=[source], filters=["special_token_in_text"]), encodes_images=False)
+    for _ in range(80):  # an epoch of a source as small as this is 2048 samples
+        assert loader.next_step().faults == 0  # nothing is broken
+    dropped = loader.fault_report()["s"]
+    assert dropped.pop("too_long") >= 1  # counted with each epoch
+    assert dropped == {"no_text": 1, "special_token_in_text": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_missing_shard_stops_the_run_or_is_skipped(
     tmp_path: Path, make_loader: MakeLoader, data_config: MakeConfig, jpeg: bytes, workers: int
 ):
-    write_shard(tmp_path / "bad-0.tar", [PairRecord("k7", jpeg[:-40], "half a picture")])
-    config = data_config(sources=[SourceConfig("s", str(tmp_path / "*.tar"), kind="pairs")], workers=workers)
-    loader = make_loader(config)
-    before = loader.state_dict()
-    with pytest.raises(DataError, match=r"^shard .*bad-0\.tar, key k7: image cannot be decoded"):
+    source = pairs_source(tmp_path, [PairRecord("k", jpeg, "a picture")])
+    write_shard(tmp_path / "1.tar", [PairRecord("j", jpeg, "another")])
+    stops = make_loader(data_config(sources=[source], workers=workers))
+    skips = make_loader(data_config(sources=[source], workers=workers, on_missing_shard="skip"))
+    bare = make_loader(data_config(sources=[source], workers=workers), encodes_images=False)
+    before = stops.state_dict()
+    (tmp_path / "1.tar").unlink()
+    with pytest.raises(DataError, match=r"1\.tar.*data\.on_missing_shard=skip"):
+        stops.next_step()
+    assert stops.state_dict() == before
+    step = skips.next_step()
+    assert skips.fault_report() == {"s": {"missing_shard": step.faults}} and step.faults > 0
+    bare.next_step()  # who decodes nothing does not need it
+    for loader in (stops, skips):
+        loader.close()
+
+
+def test_a_shard_that_changes_under_way(tmp_path: Path, make_loader: MakeLoader, data_config: MakeConfig, jpeg: bytes):
+    source = pairs_source(tmp_path, [PairRecord("k", jpeg, "seven words")])
+    loader = make_loader(data_config(sources=[source]))
+    write_shard(tmp_path / "0.tar", [PairRecord("k", jpeg * 200, "seven words")])
+    with pytest.raises(DataError, match=r"0\.tar has \d+ bytes, and had \d+ when it was indexed"):
         loader.next_step()
-    assert loader.state_dict() == before
-    loader.close()
 
 
-def test_faults_are_reported(tmp_path: Path, make_loader: MakeLoader, data_config: MakeConfig, jpeg: bytes):
-    records = [PairRecord("a", jpeg, "fine"), PairRecord("b", jpeg, " "), PairRecord("c", jpeg, "bad <image>")]
-    write_shard(tmp_path / "0.tar", records)
-    loader = make_loader(data_config(sources=[SourceConfig("s", str(tmp_path / "*.tar"), kind="pairs")]))
-    assert loader.next_step().faults == 2
-    assert loader.fault_report() == {"s": {"no_text": 1, "special_token_in_text": 1}}
-
-
-def test_text_that_changes_under_way(tmp_path: Path, make_loader: MakeLoader, data_config: MakeConfig, jpeg: bytes):
-    path = tmp_path / "0.tar"
-    write_shard(path, [PairRecord("k", jpeg, "seven words")])
-    loader = make_loader(data_config(sources=[SourceConfig("s", str(path), kind="pairs")]))
-    write_shard(path, [PairRecord("k", jpeg, "xqzjkvbwqzj")])
-    loader._builder._reader.close()
-    with pytest.raises(DataError, match=r"0\.tar, key k: text changed"):
+def test_a_worker_that_dies_is_an_error_with_a_message(
+    make_loader: MakeLoader, data_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(MicrobatchBuilder, "build", lambda self, packs: os._exit(9))
+    loader = make_loader(data_config(workers=1))
+    with pytest.raises(DataError, match="a decoding process ended"):
         loader.next_step()
+
+
+def test_an_error_is_agreed_on_by_all(make_loader: MakeLoader):
+    """A rank without an error of its own raises what `agree` raises."""
+
+    def agree(codes: torch.Tensor, error: AtumError | None) -> torch.Tensor:
+        assert error is None
+        raise DataError("on another rank")
+
+    with pytest.raises(DataError, match="on another rank"):
+        make_loader().next_step(agree)
+
+
+# The rest ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_images_are_level_over_the_ranks(make_loader: MakeLoader, data_config: MakeConfig, size: int):
+    options = {"micro_batch_size": 1, "global_batch_size": 16, "data_parallel_size": size}
+    loaders = [make_loader(data_config(), data_parallel_rank=rank, **options) for rank in range(size)]
+    for _ in range(3):
+        batches = [loader.next_step().microbatches for loader in loaders]
+        counts = [[batch.num_images for batch in mine] for mine in batches]
+        sums = [sum(mine) for mine in counts]
+        every = [count for mine in counts for count in mine]
+        assert max(sums) - min(sums) <= max(every) - min(every)
+
+
+def test_documents_are_cut_to_a_row(make_loader: MakeLoader, data_config: MakeConfig, tokenizer: Tokenizer):
+    config = data_config(sequence_length=40, p_next=0.0)
+    config.sources = config.sources[:1]
+    config.sources[0].max_images = 1
+    seen = []
+    for batch in steps(make_loader(config), 4):
+        assert (batch.images_per_row <= 1).all()
+        assert torch.equal(batch.images_per_row, (batch.input_ids == tokenizer.image_id).sum(-1))
+        assert (batch.input_ids[:, 0] == tokenizer.bos_id).all()
+        assert batch.pixels.shape[0] == batch.num_images
+        assert torch.equal(
+            batch.image_index, previous_image_index(batch.input_ids, tokenizer.image_id, tokenizer.eos_id)
+        )
+        seen += [pixels.numpy().tobytes() for pixels in batch.pixels]
+    assert len(set(seen)) > 3
+
+
+def test_captions_before_their_images(make_loader: MakeLoader, data_config: MakeConfig, tokenizer: Tokenizer):
+    found = set()
+    config = data_config(image_at_end=0.5)
+    config.sources = config.sources[1:]
+    plain = data_config()
+    plain.sources = config.sources
+    for ours, theirs in zip(steps(make_loader(config), 3), steps(make_loader(plain), 3), strict=True):
+        assert torch.equal(ours.pixels, theirs.pixels)
+        for left, right in zip(ours.input_ids.tolist(), theirs.input_ids.tolist(), strict=True):
+            assert sorted(left) == sorted(right)
+            for ids in tokenizer_split(left, tokenizer.eos_id):
+                place = ids.index(tokenizer.image_id)
+                assert place in (2, len(ids) - 3)
+                assert ids[place - 1] == ids[place + 1] == tokenizer.fake_id
+                found.add(place == 2)
+    assert found == {True, False}
+
+
+def test_workers_are_not_made_where_nothing_is_decoded(make_loader: MakeLoader, data_config: MakeConfig):
+    loader = make_loader(data_config(workers=2), encodes_images=False)
+    loader.next_step()
+    assert psutil.Process().children() == []
+
+
+def test_codes_name_all_faults():
+    assert len(IMAGE_FAULTS) < 256 and len(set(IMAGE_FAULTS)) == len(IMAGE_FAULTS)
 
 
 def test_state_of_other_data_is_refused(tmp_path: Path, make_loader: MakeLoader, data_config: MakeConfig, tiny: Path):

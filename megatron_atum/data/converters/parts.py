@@ -1,0 +1,86 @@
+"""The files of an input, and the names of what is made of each."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from megatron_atum.errors import DataError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One input file. `name` begins the names of its shards and the keys of its samples; no dot in it."""
+
+    name: str
+    path: str
+    size: int  # bytes
+
+    def key(self, row: int) -> str:
+        return f"{self.name}-{row:07d}"
+
+
+def find_parts(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[Part]:
+    """Files of folders (searched through all levels), globs and single files, in the order of their names.
+
+    Raises:
+        DataError: an input that does not exist or holds no such file; two files that would get the same name.
+    """
+    parts: dict[str, Part] = {}
+    for given in inputs:
+        for root, path in _files(given, suffixes):
+            part = Part(_name(os.path.relpath(path, root), suffixes), path, os.path.getsize(path))
+            other = parts.setdefault(part.name, part)
+            if os.path.realpath(other.path) != os.path.realpath(path):
+                raise DataError(
+                    f"{other.path} and {path} would both be called {part.name}; give the folder above both, "
+                    "or convert them to different folders"
+                )
+    return [parts[name] for name in sorted(parts)]
+
+
+def _files(given: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(the folder that names are relative to, path)."""
+    if os.path.isfile(given):
+        if not given.lower().endswith(suffixes):
+            raise DataError(f"input {given} is no file of the kind {', '.join(suffixes)}")
+        yield os.path.dirname(given), given
+        return
+    if os.path.isdir(given):
+        root, found = given, list(_walk(given))
+    elif glob.has_magic(given):
+        root, found = _fixed_start(given), glob.glob(given, recursive=True)
+    else:
+        raise DataError(f"input {given} does not exist")
+    paths = sorted(path for path in found if _wanted(path, suffixes))
+    if not paths:
+        raise DataError(f"input {given} holds no file of the kind {', '.join(suffixes)}")
+    yield from ((root, path) for path in paths)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    for root, _, files in os.walk(folder):
+        yield from (os.path.join(root, name) for name in files)
+
+
+def _wanted(path: str, suffixes: tuple[str, ...]) -> bool:
+    name = os.path.basename(path)
+    # `datasets` keeps its intermediate results beside the data, as cache-FINGERPRINT.arrow.
+    hidden = name.startswith((".", "cache-"))
+    return name.lower().endswith(suffixes) and not hidden and os.path.isfile(path)
+
+
+def _fixed_start(pattern: str) -> str:
+    """The folder that all matches of a glob share, whichever files there are."""
+    folder = os.path.dirname(pattern)
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _name(path: str, suffixes: tuple[str, ...]) -> str:
+    suffix = max((suffix for suffix in suffixes if path.lower().endswith(suffix)), key=len)
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path[: -len(suffix)]).lstrip("_-") or "part"

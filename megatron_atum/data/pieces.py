@@ -1,0 +1,71 @@
+"""A part of a document that is longer than a row: sub-sequence sampling, as Flamingo and IDEFICS do it.
+
+m4 training/packing.py (long documents) and DATA_DOCUMENTATION.md. Positions are places among the token ids of the
+document; an image is FAKE IMG FAKE, and consecutive images share the FAKE between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IMAGE_BONUS = 2.0  # on top of 1, for each image that a piece from this start would show
+IMAGE_REACH = 0.75  # share of a row in front of an image that gets the bonus: a quarter is left for text after it
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Token ids `start` to `stop` of a document; <s> is put in front of a piece that begins later."""
+
+    start: int
+    stop: int
+    images: int
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start + (self.start > 0)
+
+
+def draw_piece(tokens: int, images_p: NDArray[Any], row_tokens: int, row_images: int, chance: float) -> Piece:
+    """A piece of at most `row_tokens` tokens and `row_images` images.
+
+    Args:
+        tokens: of the whole document.
+        images_p: [p] positions of the document's <image> tokens.
+        chance: random number in [0, 1).
+    """
+    images_p = images_p.astype(np.int64)
+    total = np.cumsum(start_scores(tokens, images_p, row_tokens))
+    start = int(np.searchsorted(total, chance * total[-1], side="right"))
+    stop = min(tokens, start + row_tokens - (start > 0))
+    first, last = np.searchsorted(images_p, [start, stop])
+    if last - first > row_images:
+        last = first + row_images
+        stop = int(images_p[last])  # trimmed below to the end of the text before it
+    if stop < tokens:
+        stop, last = _trim(stop, images_p, int(last))
+    return Piece(start, max(stop, start + 1), int(last - first))
+
+
+def start_scores(tokens: int, images_p: NDArray[Any], row_tokens: int) -> NDArray[np.float64]:
+    """[tokens] How likely a piece begins at each token: never within an image."""
+    steps = np.zeros(tokens + 1)
+    np.add.at(steps, np.maximum(images_p - int(IMAGE_REACH * row_tokens), 0), IMAGE_BONUS)
+    np.add.at(steps, images_p, -IMAGE_BONUS)
+    scores = 1.0 + np.cumsum(steps)[:tokens]
+    scores[images_p] = 0.0
+    scores[np.minimum(images_p + 1, tokens - 1)] = 0.0  # the FAKE that closes an image
+    return scores
+
+
+def _trim(stop: int, images_p: NDArray[Any], last: int) -> tuple[int, int]:
+    """Takes an image that is not whole off the end. `last` counts the images before `stop`; returns both anew."""
+    if last and images_p[last - 1] == stop - 1:  # ... FAKE IMG |
+        stop, last = stop - 1, last - 1
+    shared = last and images_p[last - 1] == stop - 2  # the FAKE at the end also closes the image before
+    if last < len(images_p) and images_p[last] == stop and not shared:  # ... FAKE |
+        stop -= 1
+    return stop, last
