@@ -12,7 +12,8 @@ state, its positions and counts moved to where such a run would be. Both find th
     packs_per_s    over --packs packs, changes of shard groups included
     rss_gib        ru_maxrss of the process that planned, which counts mapped files too
     restore_s      from load_state_dict to the next pack; restore_all_s: until every source has given one
-    max_share_error_pct   largest difference of a realised share of tokens from the asked one, in percent points
+    max_share_error_pct   largest difference of a realised share of tokens from the asked one, in percent points;
+                   max_relative_share_error_pct: in percent of the asked one
     fill           tokens / (rows x 1024); fill_bound: no packing exceeds it; fill_first_fit: on the same samples
 
     python benchmarks/planner.py                  # 1e8 samples; table; one JSON object on the last line
@@ -243,6 +244,7 @@ def mixture_of(planner: Planner) -> dict[str, Any]:
     return {
         "shares_pct": {name: round(value, 4) for name, value in realised.items()},
         "max_share_error_pct": round(max(abs(realised[name] - 100 * asked[name]) for name in SOURCES), 4),
+        "max_relative_share_error_pct": round(max(abs(realised[n] / asked[n] - 100) for n in SOURCES), 4),
     }
 
 

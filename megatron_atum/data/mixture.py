@@ -32,8 +32,8 @@ MIXTURES = {
     "draft_card": {
         "pmd": Share(73.85, 3),
         "laion": Share(6.15, 1),
-        "obelics": Share(2.82, 1),
-        "wikipedia": Share(17.18, 3),
+        "obelics": Share(2.82, 3),
+        "wikipedia": Share(17.18, 1),
     },
 }
 NAMES = (*MIXTURES, BY_TOKENS)

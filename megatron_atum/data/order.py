@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from megatron_atum.data.index import SourceIndex
 from megatron_atum.data.rng import Random
 
-
 SMALL = 2048  # usable samples; a source with fewer is packed several passes at a time
 
 

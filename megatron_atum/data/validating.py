@@ -20,6 +20,7 @@ from megatron_atum.data.processes import in_processes
 from megatron_atum.data.scan import Member, ShardScan, StoredSample
 from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path
 from megatron_atum.data.storage import MissingFile, Storage, folder_of, join, list_files
+from megatron_atum.data.text import SampleFault, parse_sample
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
 
@@ -171,18 +172,28 @@ def _compared(scan: ShardScan, sidecar: Sidecar, kind: str) -> Iterator[Fault]:
         flags = int(sidecar.flags[row])
         if flags & FAULT_MASK:
             yield Fault(scan.path, stored.key, reason_of(flags))
-        elif stored.cut_off:
-            yield Fault(scan.path, stored.key, "cut_off")
-        elif not flags & ALWAYS_MASK and not _is_in_place(stored, sidecar, row, kind):
-            yield Fault(scan.path, stored.key, "wrong_place")
+        elif not flags & ALWAYS_MASK and (reason := _changed(stored, sidecar, row, kind)):
+            yield Fault(scan.path, stored.key, reason)
     for row in sorted(row for left in rows.values() for row in left):
         yield Fault(scan.path, sidecar.key(row), "missing_sample")
 
 
-def _is_in_place(stored: StoredSample, sidecar: Sidecar, row: int, kind: str) -> bool:
-    text = stored.members.get("json" if kind == "documents" else "txt")
-    images = {stored.members[name] for name in stored.image_names()}
-    return text == sidecar.text_member(row) and images == set(sidecar.image_members(row))
+def _changed(stored: StoredSample, sidecar: Sidecar, row: int, kind: str) -> str:
+    """Why a sample is not as it was when it was indexed, or "". What its texts say is not compared."""
+    text_name = "json" if kind == "documents" else "txt"
+    if stored.cut_off:
+        return "cut_off"
+    if text_name not in stored.texts:
+        return "missing_part"
+    try:
+        sample = parse_sample(stored.texts[text_name], kind)
+    except SampleFault as fault:
+        return fault.reason
+    images = stored.image_names()
+    shown = images if kind == "pairs" else [image.name for image in sample.images]
+    members = [stored.members.get(name) for name in (text_name, *shown)]
+    same = members == [sidecar.text_member(row), *sidecar.image_members(row)] and set(images) == set(shown)
+    return "" if same else "wrong_place"
 
 
 def _tokenised(entry: ShardEntry, sidecar: Sidecar, fresh: Sidecar) -> Iterator[Fault]:
@@ -195,9 +206,8 @@ def _tokenised(entry: ShardEntry, sidecar: Sidecar, fresh: Sidecar) -> Iterator[
             continue
         now = int(fresh.flags[rows[key]])
         if now & ALWAYS_MASK:
-            if reason_of(now) != "cut_off":  # _compared has told of it
-                yield Fault(entry.path, key, reason_of(now))
-        elif now != flags:
+            continue  # _compared has told of it
+        if now != flags:
             yield Fault(entry.path, key, "flags_differ")
         elif not _same_ids(fresh, rows[key], sidecar, row):
             yield Fault(entry.path, key, "ids_differ")

@@ -20,6 +20,7 @@ from megatron_atum.config.loader import to_yaml
 from megatron_atum.config.schema import Config
 from megatron_atum.data.loader import StepLoader
 from megatron_atum.data.tokenizer import FILE_NAME
+from megatron_atum.data.validation import ValidationSet, check_held_out, open_validation
 from megatron_atum.errors import CheckpointError, ConfigError
 from megatron_atum.parallel.agreement import check_equal, together
 from megatron_atum.parallel.layout import ParallelLayout
@@ -32,6 +33,7 @@ class Start:
     config: Config
     layout: ParallelLayout
     loader: StepLoader
+    validation: dict[str, ValidationSet]  # held-out sources by name
     run_folder: Path
     resume: RunState | None  # go on from this checkpoint
     weights: IdeficsFolder | StoredCheckpoint | None  # or start from these; neither: drawn from the seed
@@ -95,10 +97,10 @@ def prepare_start(config: Config, world_size: int, rank: int, without: Collectio
         check_resumable(resume, config)
     if weights is not None:
         check_same_model(place_of(weights), weights.model, config.model)
-    loader = _build_loader(config, layout, rank)
+    loader, validation = _open_data(config, layout, rank)
     if resume is not None:
         loader.load_state_dict(resume.data)
-    return Start(config, layout, loader, run_folder, resume, weights)
+    return Start(config, layout, loader, validation, run_folder, resume, weights)
 
 
 def confirm_start(start: Start, rank: int) -> Start:
@@ -202,7 +204,7 @@ def lock_run_folder(folder: Path) -> IO[str]:
     return file
 
 
-def _build_loader(config: Config, layout: ParallelLayout, rank: int) -> StepLoader:
+def _open_data(config: Config, layout: ParallelLayout, rank: int) -> tuple[StepLoader, dict[str, ValidationSet]]:
     if not config.data.sources:
         raise ConfigError("data.sources is empty: name at least one source, {name: ..., shards: ...}")
     if config.model.additional_vocab_size < 2:
@@ -211,17 +213,19 @@ def _build_loader(config: Config, layout: ParallelLayout, rank: int) -> StepLoad
             "of their own; 2 would work"
         )
     pipeline_rank, data_rank, tensor_rank = layout.coordinates(rank)
-    return StepLoader(
-        config.data,
-        config.model.vocab_size,
-        config.model.vision.image_size,
-        seed=config.training.seed,
-        micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=config.training.global_batch_size,
-        data_parallel_rank=data_rank,
-        data_parallel_size=layout.data,
-        tensor_rank=tensor_rank,
-        tensor_size=layout.tensor,
-        encodes_images=pipeline_rank == 0,
-        pad_token_id=config.model.pad_token_id,
-    )
+    placement = {
+        "model_vocab_size": config.model.vocab_size,
+        "image_size": config.model.vision.image_size,
+        "micro_batch_size": config.training.micro_batch_size,
+        "global_batch_size": config.training.global_batch_size,
+        "data_parallel_rank": data_rank,
+        "data_parallel_size": layout.data,
+        "tensor_rank": tensor_rank,
+        "tensor_size": layout.tensor,
+        "encodes_images": pipeline_rank == 0,
+        "pad_token_id": config.model.pad_token_id,
+    }
+    loader = StepLoader(config.data, seed=config.training.seed, **placement)
+    validation = open_validation(config.data, **placement)
+    check_held_out(loader, validation)
+    return loader, validation

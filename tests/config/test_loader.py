@@ -52,14 +52,17 @@ def test_lists_and_nested_values() -> None:
         [
             "parallel.units_per_chunk=[2,6]",
             "model.vision={image_size: 448, patch_size: 16}",
-            "data.sources=[{name: a, shards: 'a-*.tar'}, {name: b, shards: 'b-*.tar', weight: 3}]",
+            "data.sources=[{name: a, shards: 'a-*.tar'}, {name: b, shards: b.json, weight: 3, epochs: 2, filters: []}]",
+            "data.validation=[{name: c, shards: c.json, filters: [no_image, few_tokens]}]",
             "checkpoint.load=null",
         ],
     )
     assert config.parallel.units_per_chunk == [2, 6]
     assert (config.model.vision.image_size, config.model.vision.patch_size) == (448, 16)
     assert config.model.vision.embed_dim == 1280
-    assert [(source.name, source.weight) for source in config.data.sources] == [("a", 1.0), ("b", 3.0)]
+    values = [(source.name, source.weight, source.epochs, source.filters) for source in config.data.sources]
+    assert values == [("a", None, None, None), ("b", 3.0, 2.0, [])]
+    assert [(source.name, source.filters) for source in config.data.validation] == [("c", ["no_image", "few_tokens"])]
     assert config.checkpoint.load is None
 
 
@@ -122,17 +125,20 @@ def test_mistakes_in_a_source_are_refused() -> None:
     for source, named in (
         ("{name: a, shard: b}", "'shards'"),
         ("{name: a, shards: b, weight: x}", "weight"),
+        ("{name: a, shards: b, filters: 3}", "filters"),
+        ("{name: a, shards: b, filter: []}", "'filters'"),
         ("3", "0"),
     ):
         with pytest.raises(ConfigError, match=named):
             load_config(None, [f"data.sources=[{source}]"])
 
 
+@pytest.mark.parametrize("section", ["sources", "validation"])
 @pytest.mark.parametrize("name", ["name", "shards"])
-def test_what_a_source_must_say(name: str) -> None:
+def test_what_a_source_must_say(name: str, section: str) -> None:
     given = {"name": "{shards: x}", "shards": "{name: x}"}[name]
-    with pytest.raises(ConfigError, match=rf"data\.sources\[0\]\.{name} is not set"):
-        load_config(None, [f"data.sources=[{given}]"])
+    with pytest.raises(ConfigError, match=rf"data\.{section}\[0\]\.{name} is not set"):
+        load_config(None, [f"data.{section}=[{given}]"])
 
 
 @pytest.mark.parametrize("override", ["training.steps", "--training.steps=3", "=3", "training steps=3"])
@@ -172,7 +178,10 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
     overrides = [
         f"model.preset={name}",
-        "data.sources=[{name: a, shards: 'x-*.tar', kind: pairs}]",
+        "data.sources=[{name: a, shards: 'x-*.tar', kind: pairs}, {name: b, shards: y.json, weight: 2, filters: []}]",
+        "data.validation=[{name: c, shards: z.json, epochs: 3, filters: [few_tokens]}]",
+        "data.filters=[]",
+        "data.on_change=continue",
         "parallel.units_per_chunk=[3,5]",
         "optimizer.lr=3.3e-4",
         "checkpoint.init=somewhere",

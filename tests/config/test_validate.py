@@ -7,7 +7,7 @@ import re
 import pytest
 
 from megatron_atum.config.loader import key_names, load_config
-from megatron_atum.config.schema import Config, SourceConfig
+from megatron_atum.config.schema import FILTERS, Config, SourceConfig
 from megatron_atum.config.validate import _CHOICES, _NOT_NEGATIVE, _POSITIVE, validate
 from megatron_atum.errors import ConfigError
 
@@ -104,18 +104,43 @@ def test_freeze_exceptions(tower: str) -> None:
     load_config(None, [f"{key}=[LayerNorm,Linear,Embedding]"])
 
 
+@pytest.mark.parametrize("section", ["sources", "validation"])
 @pytest.mark.parametrize(
     ("sources", "key", "mended"),
     [
-        ("[{name: a, shards: x, kind: pair}]", "data.sources[0].kind", "[{name: a, shards: x, kind: pairs}]"),
-        ("[{name: a, shards: x, weight: 0}]", "data.sources[0].weight", "[{name: a, shards: x, weight: 0.1}]"),
-        (f"[{SOURCE}, {{name: b, shards: y, max_images: 0}}]", "data.sources[1].max_images", f"[{SOURCE}]"),
-        (f"[{SOURCE}, {SOURCE}]", "data.sources[0].name", f"[{SOURCE}, {{name: b, shards: x}}]"),
+        ("[{name: a, shards: x, kind: pair}]", "[0].kind", "[{name: a, shards: x, kind: pairs}]"),
+        ("[{name: a, shards: x, weight: 0}]", "[0].weight", "[{name: a, shards: x, weight: 0.1}]"),
+        ("[{name: a, shards: x, weight: .inf}]", "[0].weight", "[{name: a, shards: x, weight: null}]"),
+        ("[{name: a, shards: x, weight: .nan}]", "[0].weight", "[{name: a, shards: x}]"),
+        ("[{name: a, shards: x, epochs: 0}]", "[0].epochs", "[{name: a, shards: x, epochs: 0.5}]"),
+        ("[{name: a, shards: x, epochs: -1}]", "[0].epochs", "[{name: a, shards: x, epochs: 3}]"),
+        ("[{name: a, shards: x, filters: [no_images]}]", "[0].filters", "[{name: a, shards: x, filters: [no_image]}]"),
+        (f"[{SOURCE}, {{name: b, shards: y, max_images: 0}}]", "[1].max_images", f"[{SOURCE}]"),
+        (f"[{SOURCE}, {SOURCE}]", "[0].name", f"[{SOURCE}, {{name: b, shards: x}}]"),
     ],
 )
-def test_sources(sources: str, key: str, mended: str) -> None:
-    assert key in refusal([f"data.sources={sources}"])
-    load_config(None, [f"data.sources={mended}"])
+def test_sources(sources: str, key: str, mended: str, section: str) -> None:
+    assert f"data.{section}{key}" in refusal([f"data.{section}={sources}"])
+    load_config(None, [f"data.{section}={mended}"])
+
+
+def test_a_source_is_trained_on_or_held_out() -> None:
+    held_out = "data.validation=[{name: b, shards: y}, {name: c, shards: x}]"
+    message = refusal([f"data.sources=[{SOURCE}]", held_out])
+    assert "data.sources[0].shards=x is also under data.validation" in message
+    message = refusal([f"data.sources=[{SOURCE}]", "data.validation=[{name: a, shards: y}]"])
+    assert "data.sources[0].name='a' is used twice" in message
+    load_config(None, [f"data.sources=[{SOURCE}]", "data.validation=[{name: b, shards: y}]"])
+
+
+def test_filters() -> None:
+    message = refusal(["data.filters=[few_token]"])
+    assert "data.filters" in message and "did you mean 'few_tokens'" in message
+    assert load_config(None, []).data.filters == list(FILTERS)
+    for names in ([], FILTERS[:2], FILTERS):
+        assert load_config(None, [f"data.filters=[{','.join(names)}]"]).data.filters == list(names)
+    message = refusal(["data.sources=[{name: a, shards: x, filters: [bad_json]}]"])  # faults are no choice
+    assert "data.sources[0].filters" in message
 
 
 def test_a_configuration_built_in_python_is_checked_alike() -> None:
@@ -126,7 +151,15 @@ def test_a_configuration_built_in_python_is_checked_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["data.p_next=1.5", "optimizer.beta2=1", "optimizer.lr=-1e-3", "optimizer.eps=0", "model.norm_eps=0"]
+    "override",
+    [
+        *("data.p_next=1.5", "data.p_next=-0.1", "data.image_at_end=1.01", "data.max_fault_rate=-1e-9"),
+        "data.max_fault_rate=1.1",
+        "optimizer.beta2=1",
+        "optimizer.lr=-1e-3",
+        "optimizer.eps=0",
+        "model.norm_eps=0",
+    ],
 )
 def test_values_outside_their_range_are_refused_by_name(override: str) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0]):

@@ -27,6 +27,7 @@ def planned() -> Iterator[tuple[SourceIndex, Pack]]:
 def test_first_fit_takes_the_first_row_with_room_for_both() -> None:
     sizes = np.array([[6, 1], [6, 1], [4, 0], [3, 2], [4, 1]])
     assert first_fit(sizes, 10, 2) == 3  # 6+4, 6+4; the 3 tokens of two images go nowhere
+    assert first_fit(np.array([[1, 2]] * 4), 10, 4) == 2 and first_fit(np.array([[1, 2]] * 4), 10, 3) == 4
     assert first_fit(sizes, 10, 3) == 3 and first_fit(sizes, 20, 5) == 2 and first_fit(sizes[:0], 10, 2) == 0
 
 

@@ -61,6 +61,15 @@ def test_shards_and_samples_are_shuffled_anew_in_each_epoch() -> None:
     assert not np.array_equal(first, np.sort(first))
 
 
+def test_shards_are_read_in_another_order_in_each_epoch() -> None:
+    def shards(number: int) -> tuple[int, ...]:
+        index = random_index("web", [5] * 8, (10, 100), (0, 5))
+        return tuple(index.locate(int(group.samples[0]))[0] for group in groups(index, number=number, group_samples=1))
+
+    orders = {shards(number) for number in range(5)}
+    assert len(orders) == 5 and tuple(range(8)) not in orders
+
+
 def test_samples_of_a_group_are_mixed() -> None:
     """Each quarter of a group has samples of all its shards."""
     index = random_index("web", [100] * 4, (10, 100), (0, 5))

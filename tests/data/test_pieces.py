@@ -106,6 +106,10 @@ def test_first_and_last_start(chance: float) -> None:
     assert piece == (Piece(0, 10, 0) if chance == 0.0 else Piece(39, 40, 0))
 
 
+def test_chances_on_the_boundary() -> None:
+    assert [draw_piece(8, places("SttttttE"), 4, 3, n / 8).start for n in range(8)] == list(range(8))
+
+
 def test_too_many_images_in_a_row_that_is_long_enough() -> None:
     tokens = "SFIFtttFIFIFttFIFtE"
     images = places(tokens)

@@ -152,14 +152,25 @@ def test_damage_is_found(folder: Path, tiny: Path, damage: Callable[[Path], Foun
     assert found == expected
 
 
-def test_a_member_that_moved_is_found_without_sha256(tmp_path: Path, tiny: Path, jpeg: bytes) -> None:
-    text = document_json(None, "some words")
-    write_members(tmp_path / "0.tar", ("a.json", text), ("a.000.jpg", jpeg), ("b.json", text), ("b.000.jpg", jpeg))
+def test_members_that_moved_are_found_without_sha256(tmp_path: Path, tiny: Path, jpeg: bytes) -> None:
+    text = document_json(None, "some words", None)
+    good = [
+        (f"{key}.{name}", content)
+        for key in "abcd"
+        for name, content in (("json", text), ("000.jpg", jpeg), ("001.jpg", jpeg))
+    ]
+    write_members(tmp_path / "0.tar", *good)
     shards = find_shards([str(tmp_path)])
     index_shards(Indexing("documents", str(tiny), whole=False), shards, manifest_for(shards, None))
     assert faults(tmp_path) == []
-    write_members(tmp_path / "0.tar", ("a.json", text), ("a.000.jpg", jpeg), ("b.000.jpg", jpeg), ("b.json", text))
-    assert faults(tmp_path) == [("0.tar", "b", "wrong_place")]
+    a, b, c, d = (good[3 * n : 3 * n + 3] for n in range(4))
+    images_swapped, one_longer = [b[0], b[2], b[1]], [c[0], (c[1][0], jpeg + b"0"), c[2]]
+    write_members(tmp_path / "0.tar", *a, *images_swapped, *one_longer, d[0], d[1], ("d.002.jpg", jpeg))
+    assert faults(tmp_path) == [("0.tar", key, "wrong_place") for key in "bcd"]
+    write_members(tmp_path / "0.tar", *a, ("b.xxxx", text), *b[1:], *c, *d[1:], d[0])
+    assert faults(tmp_path) == [("0.tar", "b", "missing_part"), ("0.tar", "d", "wrong_place")]
+    write_members(tmp_path / "0.tar", *good, ("d.002.jpg", jpeg))
+    assert ("0.tar", "d", "wrong_place") in faults(tmp_path)
 
 
 def test_samples_that_were_broken_when_indexed_are_named(tmp_path: Path, tiny: Path, jpeg: bytes) -> None:

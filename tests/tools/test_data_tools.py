@@ -58,17 +58,17 @@ def indexed(data: Path, capsys: Capture) -> Path:
     return data
 
 
-def test_index_and_validate_by_path(data: Path) -> None:
-    """As a user starts them: with a progress bar, worker processes, and from any folder."""
-    run = {"cwd": data, "capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
-    tool = [sys.executable, str(ROOT / "tools" / "data" / "index.py")]
-    made = subprocess.run([*tool, "documents", "--kind", "documents", "--tokenizer", "tokenizer.model"], **run)
+def test_index_by_path(data: Path, capsys: Capture) -> None:
+    """As a user starts it: with a progress bar, worker processes, and from any folder."""
+    tool = [sys.executable, str(ROOT / "tools" / "data" / "index.py"), "documents", "--kind", "documents"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = ["--tokenizer", "tokenizer.model", "--workers", "2"]
+    made = subprocess.run([*tool, *options], cwd=data, capture_output=True, text=True, env=environment)
     assert made.returncode == 0, made.stderr
     assert "shard" in made.stderr and "100%" in made.stderr
     assert made.stdout.splitlines()[-1] == f"wrote {data}/documents/manifest.json"
-    tool = [sys.executable, str(ROOT / "tools" / "data" / "validate.py")]
-    checked = subprocess.run([*tool, "documents/manifest.json", "--images"], **run)
-    assert (checked.returncode, checked.stdout) == (0, "no fault\n"), checked.stderr
+    checked = call(validate.main, capsys, data / "documents" / "manifest.json", "--images", "--workers", "1")
+    assert (checked.code, checked.out) == (0, "no fault\n")
 
 
 def test_index_says_what_there_is(data: Path, capsys: Capture) -> None:
