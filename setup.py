@@ -44,7 +44,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.0"],
         # converters (parquet, images by URL), s3://, plots
-        "data": ["matplotlib>=3.8", "pyarrow>=15", "requests>=2.31", "s3fs>=2024.2"],
+        "data": ["matplotlib>=3.8", "pyarrow>=15", "requests>=2.32", "s3fs>=2024.2", "urllib3>=2.2"],
         "demo": ["matplotlib>=3.8", "scikit-image>=0.24", "scikit-learn>=1.5"],
         "dev": [
             "flask>=3",  # with flask-cors: moto's server

@@ -104,6 +104,8 @@ def _merge(where: str, base: Any, layer: Any) -> Any:
         raise ConfigError(f"{where}: {unknown('key', str(error.full_key), known)}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {error.full_key or 'value'}: {_first_line(error)}") from None
+    except TypeError:  # an element of a list, by its number
+        raise ConfigError(f"{where}: lists are set as a whole, e.g. 'data.sources=[{{name: a, shards: b}}]'") from None
 
 
 def _first_line(error: Exception) -> str:

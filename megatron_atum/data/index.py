@@ -17,12 +17,13 @@ from megatron_atum.config.schema import SourceConfig
 from megatron_atum.data.flags import ALWAYS_MASK, FAULTS, mask_of
 from megatron_atum.data.manifest import Manifest, ShardEntry, dropped, entry_of, read_manifest
 from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path
-from megatron_atum.data.storage import MissingFile, Storage, list_files
+from megatron_atum.data.storage import MissingFile, Storage, is_remote, list_files
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
 
 MAX_IN_MEMORY_BYTES = 4 << 30  # of shards without a sidecar
-OPEN_SIDECARS = 1024  # most that a process keeps mapped
+OPEN_SIDECARS = 1024  # most of a source that a process keeps mapped
+FETCHED_BYTES = 512 << 20  # most of a source's remote sidecars that a process keeps; a shuffled group takes less
 
 
 class SourceIndex:
@@ -64,9 +65,9 @@ class SourceIndex:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        while len(self._open) >= OPEN_SIDECARS:
-            self._open.popitem(last=False)
         self._open[shard] = self._checked(self.shards[shard])
+        while len(self._open) > 1 and self._keeps_too_much():
+            self._open.popitem(last=False)
         return self._open[shard]
 
     def sample(self, sample: int) -> tuple[int, Sidecar, int]:
@@ -93,6 +94,12 @@ class SourceIndex:
         for shard in self.shards:
             digest.update(f"/{shard.samples}/{shard.index_sha256}".encode())
         return digest.hexdigest()
+
+    def _keeps_too_much(self) -> bool:
+        if len(self._open) > OPEN_SIDECARS:
+            return True
+        fetched = is_remote(self.shards[0].path)
+        return fetched and sum(sidecar.nbytes for sidecar in self._open.values()) > FETCHED_BYTES
 
     def _totals(self) -> tuple[int, int, int]:
         used = np.array([shard.used(self.drop_mask) for shard in self.shards], np.int64).reshape(-1, 3).sum(axis=0)

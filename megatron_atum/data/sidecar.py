@@ -100,6 +100,10 @@ class Sidecar:
     def _member(self, place: int) -> Member:
         return Member(int(self.arrays["member_block"][place]) * BLOCK, int(self.arrays["member_size"][place]))
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
     def digest(self) -> str:
         """SHA-256 of all arrays: the same for the same shard, kind and tokenizer, wherever it lies."""
         digest = hashlib.sha256(f"{self.info.kind}/{self.info.tokenizer_sha256}".encode())
@@ -136,8 +140,9 @@ def read_sidecar(path: str, storage: Storage) -> Sidecar:
         info, arrays = _parse(content)
         if info.version != SIDECAR_VERSION:
             raise DataError(f"{path} has version {info.version}, not {SIDECAR_VERSION}; run tools/data/index.py again")
+        _check_lengths(arrays)
         return Sidecar(info, arrays)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, struct.error) as error:
         raise DataError(f"{path} is no sidecar ({error}); make it again with tools/data/index.py") from error
 
 
@@ -154,6 +159,19 @@ def _parse(content: NDArray[np.uint8]) -> tuple[SidecarInfo, dict[str, NDArray[A
         arrays[name] = body[start:stop].view(_DTYPES[entry["dtype"]])
     numbers = {name: int(metadata[name]) for name in ("version", "tar_bytes", "lost_images")}
     return SidecarInfo(**(metadata | numbers)), arrays
+
+
+def _check_lengths(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raises ValueError: the arrays do not fit together. Their contents are compared by tools/data/validate.py."""
+    n, images, tokens, keys = (
+        len(arrays["flags"]),
+        *(int(arrays[name][-1]) for name in ("first_image", "first_token", "first_key")),
+    )
+    wanted = {"first_token": n + 1, "first_image": n + 1, "first_key": n + 1, "image_position": images}
+    wanted |= {"member_block": n + images, "member_size": n + images, "ids": tokens, "keys": keys}
+    for name, length in wanted.items():
+        if len(arrays[name]) != length:
+            raise ValueError(f"{name} has {len(arrays[name])} entries, not {length}")
 
 
 def build_sidecar(path: str, kind: str, tokenizer: Tokenizer, storage: Storage, *, whole: bool = False) -> Sidecar:

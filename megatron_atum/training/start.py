@@ -213,7 +213,7 @@ def _open_data(config: Config, layout: ParallelLayout, rank: int) -> tuple[StepL
             "of their own; 2 would work"
         )
     pipeline_rank, data_rank, tensor_rank = layout.coordinates(rank)
-    placement = {
+    placement: dict[str, Any] = {
         "model_vocab_size": config.model.vocab_size,
         "image_size": config.model.vision.image_size,
         "micro_batch_size": config.training.micro_batch_size,

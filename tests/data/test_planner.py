@@ -246,8 +246,10 @@ def test_continue_goes_on_with_what_is_unchanged() -> None:
     done = sum(pack.source == 1 for pack in packs)
     assert rows["pairs"] == rows_of(pairs(), done + len(rows["pairs"]))[done:]  # goes on
     assert rows["web"] == rows_of(web(31), len(rows["web"])) and rows["new"] == rows_of(pairs("new"), len(rows["new"]))
-    counts = one.tokens()  # of what was handed out since
-    total = sum(counts.values())
+    counts: Counter[str] = Counter()  # what came before does not count
+    for pack in following:
+        counts[one.indexes[pack.source].name] += pack.tokens
+    total = counts.total()
     assert {name: count / total for name, count in counts.items()} == pytest.approx(
         {"new": 0.25, "web": 0.5, "pairs": 0.25}, abs=0.01
     )

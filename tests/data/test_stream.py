@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -65,7 +64,10 @@ def test_every_sample_once_an_epoch(
 @pytest.mark.parametrize("make_index", [documents, pairs])
 def test_rows_are_within_the_limits_and_say_what_they_hold(make_index: Any) -> None:
     index = make_index()
-    for row in take(make(index), 500):
+    one = make(index)
+    rows = take(one, 500)
+    assert one.position.tokens == sum(row.tokens for row in rows)
+    for row in rows:
         cuts = {cut.place: cut for cut in row.cuts}
         tokens, images = 0, 0
         for place, sample in enumerate(row.samples):
@@ -104,19 +106,23 @@ def test_rows_are_shuffled() -> None:
 
 
 def test_pieces_begin_as_often_as_their_scores_say() -> None:
-    """Chi-square over many epochs of one long document."""
+    """Chi-square over many epochs of three long documents."""
     positions = np.array([10, 15, 17, 40])
-    one = make(fake_index("web", [fake_sidecar("documents", [50], [positions.tolist()])]), row=20)
-    draws = 2500
-    starts: Counter[int] = Counter(row.cuts[0].start for row in take(one, draws))
+    one = make(fake_index("web", [fake_sidecar("documents", [50] * 3, [positions.tolist()] * 3)]), row=20)
+    rows = take(one, 2400)
+    starts = [cut.start for row in rows for cut in row.cuts]
+    assert one.position.epoch > 500 and all(len(row.cuts) == len(row.samples) for row in rows)
     scores = start_scores(50, positions, 20)
-    expected = draws * scores / scores.sum()
-    found = np.array([starts[n] for n in range(50)])
-    assert found[expected == 0].sum() == 0
+    expected = len(starts) * scores / scores.sum()
+    found = np.bincount(starts, minlength=50)
     used = expected > 0
-    statistic = ((found[used] - expected[used]) ** 2 / expected[used]).sum()
-    assert used.sum() == 42 and statistic < 74.7  # chi-square, 41 degrees of freedom, 0.1 %
-    assert one.position.epoch == draws - 1
+    assert found[~used].sum() == 0 and used.sum() == 42
+    assert ((found[used] - expected[used]) ** 2 / expected[used]).sum() < 74.7  # 41 degrees of freedom, 0.1 %
+
+
+def test_documents_are_cut_at_different_places() -> None:
+    one = make(fake_index("web", [fake_sidecar("documents", [500] * 9, [[]] * 9)]), row=20)
+    assert len({row.cuts for row in take(one, 9)}) > 6
 
 
 def boundaries(one: SourceStream, count: int) -> list[int]:

@@ -105,12 +105,17 @@ def ends(values: list[int]) -> list[int]:
 
 
 def data(state: dict[str, Any]) -> Iterator[str]:
-    """Numbers and names; of sources what the planner counts: epoch, position, tokens."""
+    """Numbers and names; of sources how far the planner has come, and what was lost of them."""
     for key, value in state.items():
         if key == "sources" and isinstance(value, dict):
-            for name, counts in value.items():
-                epoch, position, tokens = counts if isinstance(counts, list) and len(counts) == 3 else ("?",) * 3
-                yield f"{name}: epoch {epoch} sample {position} ({tokens} tokens)"
+            for name, entry in value.items():
+                try:
+                    epoch, group, window, row, tokens, _ = entry[1]
+                except (TypeError, ValueError, LookupError):
+                    epoch = group = window = row = tokens = "?"
+                yield f"{name}: epoch {epoch} group {group} window {window} row {row} ({tokens} tokens)"
+        elif key == "faults" and isinstance(value, dict):
+            yield from (f"{name}: images {counts}" for name, counts in value.items() if counts)
         elif isinstance(value, int | float | str):
             yield f"{key} {str(value)[:12]}"
 
