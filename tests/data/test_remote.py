@@ -24,21 +24,23 @@ MakeLoader = Callable[..., StepLoader]
 MakeConfig = Callable[..., DataConfig]
 
 
+@pytest.fixture(scope="module")
+def uploaded(server: Proxy, tiny: Path) -> dict[str, str]:
+    """The tiny data set in a bucket, with sidecars and manifests: manifest by kind."""
+    storage, manifests = Storage(), {}
+    for kind in ("documents", "pairs"):
+        for path in tiny.glob(f"{kind}-*.tar"):
+            storage.write(f"s3://shards/{kind}/{path.name}", path.read_bytes())
+        shards = find_shards([f"s3://shards/{kind}/"])
+        manifests[kind] = manifest_for(shards, None)
+        index_shards(Indexing(kind=kind, tokenizer=str(tiny), vocab_size=VOCAB_SIZE), shards, manifests[kind])
+    return manifests
+
+
 @pytest.fixture
-def remote(proxy: Proxy, tiny: Path, data_config: MakeConfig) -> DataConfig:
-    """The tiny data set in a bucket, with sidecars and manifests."""
-    storage, config = Storage(), data_config()
-    sources = []
-    for source in config.sources:
-        folder = f"s3://shards/{source.name}/"
-        for path in tiny.glob(Path(source.shards).name):
-            storage.write(folder + path.name, path.read_bytes())
-        shards = find_shards([folder])
-        manifest = manifest_for(shards, None)
-        index_shards(Indexing(kind=source.kind, tokenizer=str(tiny), vocab_size=VOCAB_SIZE), shards, manifest)
-        sources.append(replace(source, shards=manifest))
-    proxy.requests.clear()
-    return replace(config, sources=sources)
+def remote(proxy: Proxy, uploaded: dict[str, str], data_config: MakeConfig) -> DataConfig:
+    config = data_config()
+    return replace(config, sources=[replace(source, shards=uploaded[source.kind]) for source in config.sources])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

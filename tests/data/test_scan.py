@@ -63,6 +63,14 @@ def test_samples_and_places(tmp_path: Path, whole: bool) -> None:
     assert found.sha256 == (hashlib.sha256(data).hexdigest() if whole else "")
 
 
+def test_hash_is_that_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the padding, which no one reads."""
+    monkeypatch.setattr(scan, "_READ_AT_ONCE", BLOCK)
+    write_members(tmp_path / "a.tar", *PAIR)
+    _, found = scanned(tmp_path / "a.tar", whole=True)
+    assert found.sha256 == hashlib.sha256((tmp_path / "a.tar").read_bytes()).hexdigest()
+
+
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("whole", [False, True])
 def test_long_names(tmp_path: Path, format: int, whole: bool) -> None:
@@ -74,14 +82,14 @@ def test_long_names(tmp_path: Path, format: int, whole: bool) -> None:
 
 
 def test_keys_may_lie_in_folders(tmp_path: Path) -> None:
-    members = ("d.x/k1.txt", "d.x/k1.jpg", "./k2.000.jpg", "d.x/k1.txt", "dir/README", ".hidden", "k.")
+    members = ("d.x/k1.txt", "d.x/k1.jpg", "./k2.000.jpg", "e/k2.txt", "d.x/k1.txt", "dir/README", ".hidden", "k.")
     write_members(tmp_path / "a.tar", *((name, b"") for name in members))
     samples, _ = scanned(tmp_path / "a.tar")
     assert names(samples) == [
-        *(("d.x/k1", ["txt", "jpg"]), ("./k2", ["000.jpg"]), ("d.x/k1", ["txt"])),
-        *(("dir/README", [""]), (".hidden", [""]), ("k.", [""])),
+        *(("d.x/k1", ["txt", "jpg"]), ("./k2", ["000.jpg"]), ("e/k2", ["txt"])),
+        *(("d.x/k1", ["txt"]), ("dir/README", [""]), (".hidden", [""]), ("k.", [""])),
     ]
-    assert [sample.bad_name for sample in samples] == [False, False, False, True, True, True]
+    assert [sample.bad_name for sample in samples] == [False] * 4 + [True] * 3
 
 
 @pytest.mark.parametrize("name", ["../x.jpg", "/x.jpg", "a/../../x.jpg", "/a/x.000.jpg", "README", "a.b/c"])
