@@ -12,6 +12,7 @@ import time
 
 from megatron_atum.config.cli import parse_arguments
 from megatron_atum.config.loader import to_yaml
+from megatron_atum.data.mixture import check_weights
 from megatron_atum.errors import AtumError
 from megatron_atum.parallel.layout import ParallelLayout
 
@@ -20,6 +21,7 @@ WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("R
 
 def main() -> None:
     config, dry_run = parse_arguments(__doc__ or "")
+    check_weights(config.data.sources, config.data.mixture)
     if dry_run:
         if "WORLD_SIZE" in os.environ:
             ParallelLayout.from_config(config, WORLD_SIZE)

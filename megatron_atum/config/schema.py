@@ -99,7 +99,7 @@ class SourceConfig:
     name: str = "???"
     shards: str = "???"  # manifest.json of tools/data/index.py, or a glob of WebDataset shards; local or s3://
     weight: float | None = None  # share of tokens, relative to the other sources; default: that of data.mixture
-    epochs: float | None = None  # data.mixture=by_tokens counts the source's tokens this often; default: the mixture's
+    epochs: float | None = None  # how often data.mixture=by_tokens counts the source's tokens (default 1)
     kind: str = "documents"  # documents | pairs
     max_images: int = 70  # most images in one packed row
     filters: list[str] | None = None  # instead of data.filters

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_atum.config.schema import SourceConfig
 from megatron_atum.data.flags import ALWAYS_MASK, FAULTS, mask_of
 from megatron_atum.data.manifest import Manifest, ShardEntry, dropped, entry_of, read_manifest
-from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path
+from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path, stored_sidecar, usage
 from megatron_atum.data.storage import MissingFile, Storage, is_remote, list_files
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
@@ -118,7 +118,8 @@ class SourceIndex:
         except MissingFile as error:
             raise DataError(f"{path} is missing; make it again with tools/data/index.py ({error})") from error
         found = (len(sidecar), sidecar.info.tar_bytes, sidecar.info.kind, sidecar.info.tokenizer_sha256)
-        if found != (entry.samples, entry.bytes, self.kind, self.tokenizer_sha256):
+        wanted = (entry.samples, entry.bytes, self.kind, self.tokenizer_sha256)
+        if found != wanted or usage(sidecar) != entry.usage:
             raise DataError(f"{path} is not the one its manifest was made with; run tools/data/index.py again")
         return sidecar
 
@@ -144,7 +145,7 @@ def open_source(source: SourceConfig, filters: list[str], tokenizer: Tokenizer, 
     in_memory: dict[int, Sidecar] = {}
     indexed_bytes = 0
     for number, path in enumerate(_shard_paths(source)):
-        sidecar = _stored_sidecar(path, source.kind, tokenizer, storage)
+        sidecar = stored_sidecar(path, source.kind, tokenizer, storage)
         if sidecar is None:
             indexed_bytes += storage.size(path)
             _check_small(source, indexed_bytes)
@@ -161,19 +162,6 @@ def _shard_paths(source: SourceConfig) -> list[str]:
             "shards first"
         )
     return paths
-
-
-def _stored_sidecar(path: str, kind: str, tokenizer: Tokenizer, storage: Storage) -> Sidecar | None:
-    """The sidecar beside a shard if it is that of this shard, kind and tokenizer as they are now."""
-    if not storage.exists(sidecar_path(path)):
-        return None
-    try:
-        sidecar = read_sidecar(sidecar_path(path), storage)
-    except DataError:
-        return None
-    info = sidecar.info
-    same = (info.tar_bytes, info.kind, info.tokenizer_sha256) == (storage.size(path), kind, tokenizer.sha256)
-    return sidecar if same else None
 
 
 def _check_manifest(source: SourceConfig, manifest: Manifest, tokenizer: Tokenizer) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megatron_atum.data.keys import DoubledKeys, find_doubled_keys
 from megatron_atum.data.manifest import FILE_NAME, Manifest, ShardEntry, entry_of, write_manifest
 from megatron_atum.data.processes import in_processes
-from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path
+from megatron_atum.data.sidecar import Sidecar, build_sidecar, sidecar_path, stored_sidecar
 from megatron_atum.data.storage import Storage, folder_of, is_remote, join, list_files
 from megatron_atum.data.tokenizer import Tokenizer, tokenizer_file
 from megatron_atum.errors import DataError
@@ -157,20 +157,8 @@ class _ShardIndexer:
 
     def _stored(self, path: str) -> Sidecar | None:
         """The sidecar that is there, if it is the one that would be made."""
-        if not self.storage.exists(sidecar_path(path)) or _is_older(sidecar_path(path), path):
-            return None
-        try:
-            sidecar = read_sidecar(sidecar_path(path), self.storage)
-        except DataError:
-            return None
-        info = sidecar.info
-        found = (info.tar_bytes, info.kind, info.tokenizer_sha256)
-        fits = found == (self.storage.size(path), self.how.kind, self.tokenizer.sha256)
-        return sidecar if fits and (info.tar_sha256 or not self.how.whole) else None
-
-
-def _is_older(path: str, than: str) -> bool:
-    return not is_remote(path) and os.path.getmtime(path) < os.path.getmtime(than)
+        sidecar = stored_sidecar(path, self.how.kind, self.tokenizer, self.storage)
+        return sidecar if sidecar is not None and (sidecar.info.tar_sha256 or not self.how.whole) else None
 
 
 def _remove_left_over(path: str) -> None:

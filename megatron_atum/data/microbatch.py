@@ -148,7 +148,7 @@ class MicrobatchBuilder:
         for cut in pack.cuts:
             if cut.place == place:
                 ids = ids[cut.start : cut.stop]
-                return np.concatenate([[self.tokenizer.bos_id], ids]) if cut.start else ids
+                return ids if ids[0] == self.tokenizer.bos_id else np.concatenate([[self.tokenizer.bos_id], ids])
         if index.kind == "pairs" and self._drawn(self.image_at_end, "image_at_end", pack.id, place):
             return np.concatenate([ids[:1], ids[4:-1], ids[1:4], ids[-1:]])  # <s> FAKE IMG FAKE caption </s>
         return ids

@@ -9,7 +9,9 @@ LARGE = 8  # a sample of more than 1/8 of a row is placed before the small ones
 TRIES = 8  # rows looked at whose tokens would do, but which have no room for the images
 
 
-def best_fit(tokens: Sequence[int], images: Sequence[int], row_tokens: int, row_images: int) -> list[list[int]]:
+def best_fit(
+    tokens: Sequence[int], images: Sequence[int], row_tokens: int, row_images: int, *, in_order: bool = False
+) -> list[list[int]]:
     """Rows of sample numbers; every sample is in one row.
 
     Large samples go first, the largest of them foremost, each into the row that it fills best; the small ones then
@@ -19,9 +21,10 @@ def best_fit(tokens: Sequence[int], images: Sequence[int], row_tokens: int, row_
     Args:
         tokens, images: of each sample; none above the limits of a row.
         row_tokens, row_images: most of a row.
+        in_order: place all samples in the order given.
     """
-    large = [place for place, size in enumerate(tokens) if size * LARGE > row_tokens]
-    small = [place for place, size in enumerate(tokens) if size * LARGE <= row_tokens]
+    large = [place for place, size in enumerate(tokens) if size * LARGE > row_tokens and not in_order]
+    small = [place for place, size in enumerate(tokens) if size * LARGE <= row_tokens or in_order]
     large.sort(key=lambda place: -tokens[place])
     rows: list[list[int]] = []
     images_left: list[int] = []

@@ -18,7 +18,7 @@ IMAGE_REACH = 0.75  # share of a row in front of an image that gets the bonus: a
 
 @dataclass(frozen=True)
 class Piece:
-    """Token ids `start` to `stop` of a document; <s> is put in front of a piece that begins later."""
+    """Token ids `start` to `stop` of a document; <s> is put in front of a piece that does not begin with one."""
 
     start: int
     stop: int

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -142,8 +143,25 @@ def read_sidecar(path: str, storage: Storage) -> Sidecar:
             raise DataError(f"{path} has version {info.version}, not {SIDECAR_VERSION}; run tools/data/index.py again")
         _check_lengths(arrays)
         return Sidecar(info, arrays)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); restore it") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, struct.error) as error:
         raise DataError(f"{path} is no sidecar ({error}); make it again with tools/data/index.py") from error
+
+
+def stored_sidecar(path: str, kind: str, tokenizer: Tokenizer, storage: Storage) -> Sidecar | None:
+    """The sidecar beside a shard, if it is that of this shard, kind and tokenizer as they are now."""
+    place = sidecar_path(path)
+    # The size of a rewritten tar is often what it was: tars are filled up to 10 KiB.
+    if not storage.exists(place) or (not is_remote(path) and os.path.getmtime(place) < os.path.getmtime(path)):
+        return None
+    try:
+        sidecar = read_sidecar(place, storage)
+    except DataError:
+        return None
+    info = sidecar.info
+    same = (info.tar_bytes, info.kind, info.tokenizer_sha256) == (storage.size(path), kind, tokenizer.sha256)
+    return sidecar if same else None
 
 
 def _parse(content: NDArray[np.uint8]) -> tuple[SidecarInfo, dict[str, NDArray[Any]]]:

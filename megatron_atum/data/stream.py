@@ -16,6 +16,7 @@ from megatron_atum.data.order import Epoch, Group
 from megatron_atum.data.packing import best_fit
 from megatron_atum.data.pieces import draw_piece
 from megatron_atum.data.rng import Random
+from megatron_atum.data.tokenizer import BOS_ID
 from megatron_atum.errors import DataError
 
 WINDOW = 16384  # most samples that are packed together
@@ -97,8 +98,9 @@ class SourceStream:
         """Raises KeyError, TypeError or ValueError when it is no state."""
         *numbers, dropped = state
         epoch, group, window, row, tokens = (int(number) for number in numbers)
-        if min(epoch, group, window, row, tokens) < 0:
-            raise ValueError("a negative position")
+        groups = len(Epoch(self.index, self._seed, epoch, self._group_samples)) if epoch >= 0 else 0
+        if min(epoch, group, window, row, tokens) < 0 or group >= groups:
+            raise ValueError(f"{self.index.name} has no position {numbers}")
         self.position = Position(epoch, group, window, row, tokens, {str(k): int(v) for k, v in dict(dropped).items()})
 
     def _next_window(self) -> None:
@@ -133,6 +135,8 @@ class SourceStream:
         tokens, images = window.tokens.tolist(), window.images.tolist()
         samples = window.samples.tolist()
         cuts = self._cut(window, tokens, images, key)
+        # Sorted by size, the passes over a small source would put the same sample into a row again and again.
+        in_order = self._current_epoch().passes > 1
         rows = [
             Row(
                 samples=tuple(samples[n] for n in members),
@@ -140,7 +144,7 @@ class SourceStream:
                 images=sum(images[n] for n in members),
                 cuts=tuple(Cut(place, *cuts[n]) for place, n in enumerate(members) if n in cuts) if cuts else (),
             )
-            for members in best_fit(tokens, images, self._row_tokens, self.index.max_images)
+            for members in best_fit(tokens, images, self._row_tokens, self.index.max_images, in_order=in_order)
         ]
         order = self._random("rows", key).permutation(len(rows))
         return [rows[number] for number in order]
@@ -159,7 +163,9 @@ class SourceStream:
             positions = sidecar.image_positions(row)
             piece = draw_piece(tokens[n], positions, self._row_tokens, self.index.max_images, float(chances[n]))
             cuts[n] = (piece.start, piece.stop)
-            tokens[n], images[n] = piece.tokens, piece.images
+            # A sample may hold several documents, and a piece may begin at the <s> of one of them.
+            begins_one = piece.start > 0 and int(sidecar.sample_ids(row)[piece.start]) == BOS_ID
+            tokens[n], images[n] = piece.tokens - begins_one, piece.images
         return cuts
 
     def _random(self, what: str, key: tuple[int, int, int]) -> Random:

@@ -215,6 +215,7 @@ def test_round_trip_through_a_file(tmp_path: Path, tiny: Path, tokenizer: Tokeni
     read = read_sidecar(path, Storage())
     assert same_arrays(read, built) and (read.info, read.digest()) == (built.info, built.digest())
     assert read.key(3) == built.key(3) and read.image_members(3) == built.image_members(3)
+    assert read.to_bytes() == built.to_bytes() == Path(path).read_bytes()
     theirs = load(Path(path).read_bytes())
     assert same_arrays(Sidecar(built.info, theirs), built)
 
@@ -339,6 +340,14 @@ def test_arrays_that_are_missing_or_of_another_type(tmp_path: Path, content: byt
     arrays, metadata = load(content), json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     for changed in ({k: v for k, v in arrays.items() if k != "ids"}, arrays | {"ids": arrays["ids"].astype(float)}):
         refused(tmp_path / "a.idx", save(changed, metadata["__metadata__"]))
+
+
+@pytest.mark.parametrize(
+    "name", ["first_token", "first_image", "image_position", "flags", "member_block", "ids", "keys"]
+)
+def test_arrays_whose_lengths_do_not_agree(tmp_path: Path, content: bytes, name: str) -> None:
+    arrays, metadata = load(content), json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    refused(tmp_path / "a.idx", save(arrays | {name: arrays[name][:-1]}, metadata["__metadata__"]))
 
 
 def test_another_version(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
