@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_atum.config.schema import FILTERS, SourceConfig
@@ -13,7 +15,7 @@ from megatron_atum.data.flags import mask_of
 from megatron_atum.data.index import SourceIndex, open_source
 from megatron_atum.data.manifest import Manifest, dropped, read_manifest
 from megatron_atum.data.shards import DocumentRecord, PairRecord, write_shard
-from megatron_atum.data.sidecar import build_sidecar
+from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar
 from megatron_atum.data.storage import Storage
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
@@ -163,6 +165,16 @@ def test_a_sidecar_that_does_not_fit_is_not_used(shards: Path, tokenizer: Tokeni
         opened(source(shards / "*.tar", "documents"), tokenizer)  # sidecars of another kind
 
 
+def test_a_shard_rewritten_at_the_same_size_is_indexed_anew(shards: Path, tokenizer: Tokenizer, jpeg: bytes) -> None:
+    write_index(shards / "*.tar", "pairs", tokenizer)
+    size = (shards / "c.tar").stat().st_size
+    write_shard(shards / "c.tar", [PairRecord(f"d{n}", jpeg, f"another text {n}") for n in range(2)])
+    assert (shards / "c.tar").stat().st_size == size
+    later = (shards / "c.tar.idx").stat().st_mtime + 10
+    os.utime(shards / "c.tar", (later, later))
+    assert keys(opened(source(shards / "*.tar"), tokenizer))[-2:] == ["d0", "d1"]
+
+
 class OtherTokenizer(Tokenizer):
     """The same pieces under another name."""
 
@@ -198,6 +210,18 @@ def test_sidecars_of_a_manifest_are_checked_when_they_are_used(shards: Path, tok
     with pytest.raises(DataError, match=r"a\.tar\.idx is missing; make it again with tools/data/index\.py"):
         found.sidecar(0)
     assert found.sidecar(2).key(0) == "c0"
+
+
+def test_a_sidecar_with_as_many_samples_and_other_flags_is_seen(shards: Path, tokenizer: Tokenizer) -> None:
+    write_index(shards / "*.tar", "pairs", tokenizer, shards / "m.json")
+    found = opened(source(shards / "m.json"), tokenizer)
+    place = shards / "a.tar.idx"
+    sidecar = read_sidecar(str(place), Storage())
+    other = Sidecar(sidecar.info, {**sidecar.arrays, "flags": sidecar.flags ^ np.uint16(1 << 9)})
+    place.unlink()
+    place.write_bytes(other.to_bytes())
+    with pytest.raises(DataError, match=r"a\.tar\.idx is not the one its manifest was made with"):
+        found.sidecar(0)
 
 
 def test_few_sidecars_are_open(shards: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from megatron_atum.data import order, stream
 from megatron_atum.data.index import SourceIndex
 from megatron_atum.data.pieces import Piece, start_scores
 from megatron_atum.data.stream import Row, SourceStream
+from megatron_atum.data.tokenizer import BOS_ID
 from megatron_atum.errors import DataError
 from tests.data.conftest import fake_index, fake_sidecar, random_index
 
@@ -207,3 +208,25 @@ def test_digest_depends_on_the_window_and_the_version(monkeypatch: pytest.Monkey
 def test_no_state(state: list[Any]) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
         make(documents()).load_state(state)
+
+
+def test_a_row_of_a_small_source_seldom_repeats_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several passes are packed together; sorted by size, they would fill rows with one sample."""
+    monkeypatch.setattr(order, "SMALL", 2048)
+    index = random_index("few", [10], (12, 20), (1, 2), "pairs", max_images=8)
+    stream = SourceStream(index, 128, seed=1, group_samples=64)
+    rows = [stream.next() for _ in range(200)]
+    assert sum(row.tokens for row in rows) / (200 * 128) > 0.9
+    assert sum(len(row.samples) - len(set(row.samples)) for row in rows) / 200 < 2
+
+
+def test_a_piece_that_begins_with_a_document_gets_no_second_begin() -> None:
+    sidecar = fake_sidecar("documents", [40], [[]])
+    sidecar.arrays["ids"] = sidecar.ids = np.full(40, BOS_ID, np.uint16)
+    marked = SourceStream(fake_index("marked", [sidecar]), 16, 1, 64)
+    plain = SourceStream(fake_index("plain", [fake_sidecar("documents", [40], [[]])]), 16, 1, 64)
+    for rows, more in ((marked, 0), (plain, 1)):
+        for row in (rows.next() for _ in range(30)):
+            cuts = {cut.place: cut for cut in row.cuts}
+            lengths = [cuts[n].stop - cuts[n].start + more * (cuts[n].start > 0) for n in range(len(row.samples))]
+            assert row.tokens == sum(lengths) <= 16
