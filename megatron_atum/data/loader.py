@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,13 +50,15 @@ class PlannedStep:
     microbatches: list[list[Pack]]
     state: dict[str, Any]  # of the planner after it
 
-    @property
+    @cached_property
     def packs(self) -> list[Pack]:
         return [pack for packs in self.microbatches for pack in packs]
 
-    def first_image(self, microbatch: int) -> int:
-        """Number within the step of a microbatch's first image."""
-        return sum(pack.images for packs in self.microbatches[:microbatch] for pack in packs)
+    @cached_property
+    def first_image(self) -> list[int]:
+        """Number within the step of each microbatch's first image; at the end, images of the step."""
+        counts = (sum(pack.images for pack in packs) for packs in self.microbatches)
+        return list(accumulate(counts, initial=0))
 
 
 class StepLoader:
@@ -208,16 +212,16 @@ class StepLoader:
 
     def _codes(self, step: PlannedStep, built: list[Built]) -> Tensor:
         """[images of the step] uint8: what this rank found."""
-        codes = torch.zeros(sum(pack.images for pack in step.packs), dtype=torch.uint8)
+        codes = torch.zeros(step.first_image[-1], dtype=torch.uint8)
         for q, one in zip(self._mine, built, strict=True):
             share = self._builder.share.of(sum(one.images_per_row))
-            first = step.first_image(q) + share.start
+            first = step.first_image[q] + share.start
             codes[first : first + len(one.codes)] = torch.from_numpy(one.codes)
         return codes
 
     def _finish(self, step: PlannedStep, q: int, built: Built, codes: Tensor) -> Batch:
-        first = step.first_image(q)
-        return hide_images(self._builder.finish(built), codes[first : first + sum(built.images_per_row)])
+        mine = codes[step.first_image[q] : step.first_image[q + 1]]
+        return hide_images(self._builder.finish(built), mine)
 
     def _dropped_by_length(self) -> dict[str, dict[str, int]]:
         positions = self._planner_state["sources"]
