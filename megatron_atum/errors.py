@@ -13,5 +13,10 @@ class DataError(AtumError):
     """Data that cannot be used: names the file and the key, and how to mend it."""
 
 
+class DataFailure(RuntimeError):
+    """Reading data failed for a reason that is neither the data's nor the user's, on some rank: a bug, a machine short
+    of memory, a process that was killed. Raised on all ranks; starting again may help."""
+
+
 class CheckpointError(AtumError):
     """A checkpoint or Hugging Face folder that cannot be used: names it and says why."""

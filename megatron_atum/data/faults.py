@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from megatron_atum.batch import NO_IMAGE, Batch
+from megatron_atum.data.flags import FAULTS
 from megatron_atum.data.images import IMAGE_FAULTS
 from megatron_atum.data.index import SourceIndex
 from megatron_atum.data.planner import Pack
 from megatron_atum.errors import DataError
 
 FEW = 1000  # a rate is taken of at least as many: the first broken image of a run must not end it
-ACCEPTED = ("missing_shard",)  # by data.on_missing_shard=skip; otherwise it stops the run at once
+LATELY = 10_000  # images of a source after which counting begins anew, to see what goes wrong late in a run
+BURST = 10  # times max_fault_rate that may be broken lately
+MOST_MISSING = 0.5  # share of a source's images that on_missing_shard=skip puts up with, lately
 MESSAGES = 5  # most broken images that are told of one by one in a step
 
 
@@ -30,16 +33,17 @@ class FaultCounts:
     def __init__(self, indexes: Sequence[SourceIndex], max_rate: float) -> None:
         """Raises DataError: more of a source is broken than `max_rate` allows."""
         self._indexes, self._max_rate = indexes, max_rate
-        self._images: dict[str, Counter[str]] = {
-            index.name: Counter() for index in indexes
-        }  # used and, by reason, lost
+        # images used and, by reason, lost: since the run began, and lately
+        self._images: dict[str, Counter[str]] = {index.name: Counter() for index in indexes}
+        self._lately: dict[str, Counter[str]] = {index.name: Counter() for index in indexes}
         for index in indexes:
-            self._check(index.name, "samples", index.faults(), len(index), index.dropped())
+            faults = {reason: count for reason, count in index.dropped.items() if reason in FAULTS}
+            self._check(index.name, "samples", len(index), faults, max_rate)
 
     @property
     def total(self) -> int:
         """Samples that are broken, and broken images each time they came up."""
-        return sum(index.faults() for index in self._indexes) + sum(map(_lost, self._images.values()))
+        return sum(index.faults for index in self._indexes) + sum(map(_lost, self._images.values()))
 
     def add(self, packs: Sequence[Pack], codes: Tensor) -> list[str]:
         """Counts a step.
@@ -52,37 +56,53 @@ class FaultCounts:
             messages about the first images that were lost.
         """
         for pack in packs:
-            self._images[self._indexes[pack.source].name]["used"] += pack.images
+            self._count(pack, "used", pack.images)
         if not codes.any():
             return []
         lost = [(*_owner(packs, int(n)), IMAGE_FAULTS[int(codes[n]) - 1]) for n in codes.nonzero()]
         for pack, _, reason in lost:
-            self._images[self._indexes[pack.source].name][reason] += 1
+            self._count(pack, reason, 1)
         return [self._message(*one) for one in lost[:MESSAGES]]
 
     def check(self) -> None:
-        """Raises DataError: more images of a source are broken than `max_rate` allows."""
+        """Raises DataError: more images of a source were lost than is allowed, since the run began or lately."""
+        burst = min(1.0, BURST * self._max_rate)
         for name, counts in self._images.items():
-            broken = {reason: count for reason, count in _reasons(counts).items() if reason not in ACCEPTED}
-            self._check(name, "images", sum(broken.values()), counts["used"], broken)
+            lately = self._lately[name]
+            self._check(name, "images", counts["used"], _broken(counts), self._max_rate)
+            self._check(name, "of the last images", lately["used"], _broken(lately), burst)
+            missing = {"missing_shard": lately["missing_shard"]}
+            self._check(name, "of the last images", lately["used"], missing, MOST_MISSING)
+            if lately["used"] >= LATELY:
+                lately.clear()
 
     def report(self) -> dict[str, dict[str, int]]:
         """By source and reason."""
-        return {index.name: index.dropped() | _reasons(self._images[index.name]) for index in self._indexes}
+        return {index.name: index.dropped | _reasons(self._images[index.name]) for index in self._indexes}
 
-    def state_dict(self) -> dict[str, dict[str, int]]:
-        return {name: dict(sorted(counts.items())) for name, counts in self._images.items()}
+    def state_dict(self) -> dict[str, dict[str, dict[str, int]]]:
+        return {
+            name: {"all": dict(sorted(counts.items())), "lately": dict(sorted(self._lately[name].items()))}
+            for name, counts in self._images.items()
+        }
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
         """Counts of sources that are gone are left out."""
-        self._images = {name: Counter(dict(state.get(name, {}))) for name in self._images}
+        self._images = {name: Counter(dict(state.get(name, {}).get("all", {}))) for name in self._images}
+        self._lately = {name: Counter(dict(state.get(name, {}).get("lately", {}))) for name in self._images}
 
-    def _check(self, name: str, what: str, broken: int, of: int, reasons: Mapping[str, int]) -> None:
-        if broken > self._max_rate * max(of, FEW):
+    def _count(self, pack: Pack, what: str, images: int) -> None:
+        name = self._indexes[pack.source].name
+        self._images[name][what] += images
+        self._lately[name][what] += images
+
+    def _check(self, name: str, what: str, of: int, reasons: Mapping[str, int], rate: float) -> None:
+        broken = sum(reasons.values())
+        if broken > rate * max(of, FEW):
             table = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
             raise DataError(
-                f"source {name}: {broken} of {of} {what} are broken ({table}), more than data.max_fault_rate="
-                f"{self._max_rate}; see which with tools/data/validate.py, mend the shards, or raise the rate"
+                f"source {name}: {broken} of {of} {what} are broken or missing ({table}), more than {rate:g} of "
+                f"them (data.max_fault_rate={self._max_rate:g}); find them with tools/data/validate.py and mend them"
             )
 
     def _message(self, pack: Pack, number: int, reason: str) -> str:
@@ -105,8 +125,13 @@ def hide_images(batch: Batch, codes: Tensor) -> Batch:
     return replace(batch, image_index=torch.where(broken_bS, NO_IMAGE, batch.image_index))
 
 
-def _lost(counts: Counter[str]) -> int:
+def _lost(counts: Mapping[str, int]) -> int:
     return sum(_reasons(counts).values())
+
+
+def _broken(counts: Mapping[str, int]) -> dict[str, int]:
+    """Without shards that are gone: those stop the run at once, or data.on_missing_shard=skip puts up with them."""
+    return {reason: count for reason, count in _reasons(counts).items() if reason != "missing_shard"}
 
 
 def _reasons(counts: Mapping[str, int]) -> dict[str, int]:

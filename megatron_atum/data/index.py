@@ -16,7 +16,7 @@ import numpy as np
 from megatron_atum.config.schema import SourceConfig
 from megatron_atum.data.flags import ALWAYS_MASK, FAULTS, mask_of
 from megatron_atum.data.manifest import Manifest, ShardEntry, dropped, entry_of, read_manifest
-from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path, stored_sidecar, usage
+from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path, stored_sidecar
 from megatron_atum.data.storage import MissingFile, Storage, is_remote, list_files
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
@@ -47,6 +47,9 @@ class SourceIndex:
         self._storage = storage
         self._in_memory = in_memory or {}
         self._open: OrderedDict[int, Sidecar] = OrderedDict()
+        self.dropped = dropped(shards, self.drop_mask)  # reason -> samples that are never used; damaged shards
+        broken = dropped(shards, mask_of(FAULTS))
+        self.faults = sum(broken[reason] for reason in broken if reason in FAULTS)  # samples that are broken
         self.usable, self.tokens, self.images = self._totals()
 
     def __len__(self) -> int:
@@ -75,15 +78,6 @@ class SourceIndex:
         shard, row = self.locate(sample)
         return shard, self.sidecar(shard), row
 
-    def dropped(self) -> dict[str, int]:
-        """Samples that are never used, by reason, and damaged shards."""
-        return dropped(self.shards, self.drop_mask)
-
-    def faults(self) -> int:
-        """Samples that are broken."""
-        counts = dropped(self.shards, mask_of(FAULTS))
-        return sum(counts[reason] for reason in counts if reason in FAULTS)
-
     def digest(self) -> str:
         """Hash of everything that decides how samples are packed and what they say.
 
@@ -104,7 +98,7 @@ class SourceIndex:
     def _totals(self) -> tuple[int, int, int]:
         used = np.array([shard.used(self.drop_mask) for shard in self.shards], np.int64).reshape(-1, 3).sum(axis=0)
         if not used[0]:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped().items())
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.items())
             raise DataError(
                 f"source {self.name} has no usable sample ({reasons or 'its shards are empty'}); "
                 "mend the shards, or take the filters that drop them off data.filters"
@@ -117,9 +111,9 @@ class SourceIndex:
             sidecar = read_sidecar(path, self._storage)
         except MissingFile as error:
             raise DataError(f"{path} is missing; make it again with tools/data/index.py ({error})") from error
-        found = (len(sidecar), sidecar.info.tar_bytes, sidecar.info.kind, sidecar.info.tokenizer_sha256)
-        wanted = (entry.samples, entry.bytes, self.kind, self.tokenizer_sha256)
-        if found != wanted or usage(sidecar) != entry.usage:
+        info = sidecar.info
+        found = (len(sidecar), info.tar_bytes, info.index_sha256, info.kind, info.tokenizer_sha256)
+        if found != (entry.samples, entry.bytes, entry.index_sha256, self.kind, self.tokenizer_sha256):
             raise DataError(f"{path} is not the one its manifest was made with; run tools/data/index.py again")
         return sidecar
 

@@ -8,6 +8,9 @@ microbatches, is decided by their images (deal.py). Microbatch q belongs to data
 
 from __future__ import annotations
 
+import signal
+import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,14 +32,14 @@ from megatron_atum.data.mixture import shares
 from megatron_atum.data.planner import Pack, Planner
 from megatron_atum.data.storage import Storage
 from megatron_atum.data.tokenizer import Tokenizer
-from megatron_atum.errors import AtumError, ConfigError, DataError
+from megatron_atum.errors import AtumError, ConfigError, DataError, DataFailure
 
-# Takes the fault codes of all images of a step as this rank knows them, and what went wrong here (then without codes);
-# returns the largest of all ranks' codes, or raises on all ranks what went wrong on one.
-Agree = Callable[[Tensor, AtumError | None], Tensor]
+# Takes a hash of the step's rows, the fault codes of all its images as this rank knows them, and what went wrong here
+# (then without rows and codes); returns the largest of all ranks' codes, or raises on all ranks what went wrong on one.
+Agree = Callable[[int, Tensor, Exception | None], Tensor]
 
 
-def alone(codes: Tensor, error: AtumError | None) -> Tensor:
+def alone(plan: int, codes: Tensor, error: Exception | None) -> Tensor:
     """Agreement of a single process."""
     if error is not None:
         raise error
@@ -53,6 +56,11 @@ class PlannedStep:
     @cached_property
     def packs(self) -> list[Pack]:
         return [pack for packs in self.microbatches for pack in packs]
+
+    @property
+    def fingerprint(self) -> int:
+        """64-bit hash, signed. Python hashes numbers, and tuples of them, the same in every process."""
+        return hash(tuple((pack.id, pack.source, pack.samples, pack.cuts) for pack in self.packs))
 
     @cached_property
     def first_image(self) -> list[int]:
@@ -126,14 +134,14 @@ class StepLoader:
         """The microbatches of this rank for the next step.
 
         Raises:
-            DataError: with `agree`, on all ranks.
+            DataError, DataFailure: with `agree`, on all ranks.
         """
         built, error = self._collect()
         if error is not None:
             self.close()
-            agree(torch.zeros(0, dtype=torch.uint8), error)
+            agree(0, torch.zeros(0, dtype=torch.uint8), error)
         step = self._planned.popleft()
-        codes = agree(self._codes(step, built), None)
+        codes = agree(step.fingerprint, self._codes(step, built), None)
         lost = self.faults.add(step.packs, codes)
         batches = [self._finish(step, q, one, codes) for q, one in zip(self._mine, built, strict=True)]
         self._planner_state = step.state
@@ -143,7 +151,12 @@ class StepLoader:
     def start(self) -> None:
         """Starts the workers, so that they read ahead."""
         if self._stream is None:
+            handler = signal.getsignal(signal.SIGCHLD)
             self._stream = iter(self._loader())
+            if threading.current_thread() is threading.main_thread():
+                # torch's raises in the middle of whatever this thread does when a worker dies; the loader's own look at
+                # its workers, every few seconds, tells `_collect` instead.
+                signal.signal(signal.SIGCHLD, handler)
 
     def fault_report(self) -> dict[str, dict[str, int]]:
         """Samples dropped and images lost, by source and reason, so far."""
@@ -193,7 +206,7 @@ class StepLoader:
             for q in self._mine:
                 yield step.microbatches[q]
 
-    def _collect(self) -> tuple[list[Built], DataError | None]:
+    def _collect(self) -> tuple[list[Built], Exception | None]:
         """This rank's microbatches of a step, or why there are none."""
         built: list[Built] = []
         try:
@@ -204,10 +217,10 @@ class StepLoader:
                 if isinstance(one, DataError):
                     return [], one
                 built.append(one)
-        except DataError as error:  # of the planner
+        except AtumError as error:  # of the planner
             return [], error
-        except RuntimeError as error:  # of torch's loader, about a worker
-            return [], DataError(f"a decoding process ended ({error}); it may lack memory: lower data.workers")
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+            return [], DataFailure(_told(error))
         return built, None
 
     def _codes(self, step: PlannedStep, built: list[Built]) -> Tensor:
@@ -265,3 +278,10 @@ def load_tokenizer(data_config: DataConfig, vocab_size: int) -> Tokenizer:
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _told(error: Exception) -> str:
+    """What happened, with the place: it may be another rank's."""
+    if "DataLoader worker" in str(error):
+        return f"a decoding process ended ({error}); if it lacked memory, lower data.workers"
+    return f"reading data failed: {''.join(traceback.format_exception(error))}"

@@ -20,10 +20,11 @@ from megatron_atum.batch import Batch, image_slice, position_ids_from_mask, shif
 from megatron_atum.data.image_attention import next_image_index, previous_image_index
 from megatron_atum.data.images import IMAGE_FAULTS, ImageFault, decode_image, eval_pixels, train_pixels
 from megatron_atum.data.index import SourceIndex
+from megatron_atum.data.pieces import cut_tokens
 from megatron_atum.data.planner import Pack
 from megatron_atum.data.rng import Random
 from megatron_atum.data.scan import Member
-from megatron_atum.data.storage import MissingFile, Storage
+from megatron_atum.data.storage import ForbiddenFile, MissingFile, Storage
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
 
@@ -148,7 +149,8 @@ class MicrobatchBuilder:
         for cut in pack.cuts:
             if cut.place == place:
                 ids = ids[cut.start : cut.stop]
-                return ids if ids[0] == self.tokenizer.bos_id else np.concatenate([[self.tokenizer.bos_id], ids])
+                whole = cut_tokens(cut.start, cut.stop, int(ids[0])) == len(ids)
+                return ids if whole else np.concatenate([[self.tokenizer.bos_id], ids])
         if index.kind == "pairs" and self._drawn(self.image_at_end, "image_at_end", pack.id, place):
             return np.concatenate([ids[:1], ids[4:-1], ids[1:4], ids[-1:]])  # <s> FAKE IMG FAKE caption </s>
         return ids
@@ -188,7 +190,7 @@ class MicrobatchBuilder:
             self._check_shard(place)
             data = self.storage.read(self.indexes[place.source].shards[place.shard].path, *place.member)
         except MissingFile as error:
-            if self.skip_missing:
+            if self.skip_missing and not isinstance(error, ForbiddenFile):
                 raise ImageFault("missing_shard", str(error)) from error
             raise DataError(f"{error}. Restore the shard, or say data.on_missing_shard=skip") from error
         image = decode_image(data, DRAFT * self.image_size if self.draft else 0)

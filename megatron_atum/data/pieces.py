@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_atum.data.tokenizer import BOS_ID
+
 IMAGE_BONUS = 2.0  # on top of 1, for each image that a piece from this start would show
 IMAGE_REACH = 0.75  # share of a row in front of an image that gets the bonus: a quarter is left for text after it
 
@@ -24,9 +26,10 @@ class Piece:
     stop: int
     images: int
 
-    @property
-    def tokens(self) -> int:
-        return self.stop - self.start + (self.start > 0)
+
+def cut_tokens(start: int, stop: int, first_id: int) -> int:
+    """Tokens of a row that a piece takes. Args: first_id: the token id at its start."""
+    return stop - start + (start > 0 and first_id != BOS_ID)
 
 
 def draw_piece(tokens: int, images_p: NDArray[Any], row_tokens: int, row_images: int, chance: float) -> Piece:

@@ -91,9 +91,9 @@ class Planner:
         Raises:
             DataError: the state belongs to another stream, or is none.
         """
-        _check_state(state)
+        _check_state(state, on_change)
         try:
-            if state["hash"] == self.hash:
+            if state["version"] == STATE_VERSION and state["hash"] == self.hash:
                 self._load(state, {name: state["sources"][name][1] for name in self._names})
             elif on_change == "restart":
                 self._load({"packs": 0}, {})
@@ -147,8 +147,8 @@ class Planner:
         )
 
 
-def _check_state(state: Any) -> None:
+def _check_state(state: Any, on_change: str) -> None:
     if not isinstance(state, Mapping):
         raise DataError(f"data state cannot be used: it is {state!r:.40}; start a new run")
-    if state.get("version") != STATE_VERSION:
+    if state.get("version") != STATE_VERSION and on_change != "restart":
         raise DataError(f"data state has version {state.get('version')!r}, not {STATE_VERSION}; start a new run")

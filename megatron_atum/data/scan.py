@@ -85,7 +85,7 @@ class ShardScan:
         """Name, place and, for json and txt, content of each file.
 
         tarfile ends quietly at a damaged header and, read by seeking, at the end of a cut file. So the end is checked
-        here: a complete tar has a block of zeros behind its last member.
+        here: a complete tar has zeros behind its last member, and nothing else.
         """
         end = 0
         try:
@@ -104,9 +104,18 @@ class ShardScan:
                 raise DataError(
                     f"shard {self.path} is no uncompressed tar ({error}); copy or write it again"
                 ) from error
-        tail = self._storage.read(self.path, end, BLOCK) if end + BLOCK <= self.size else b""
-        if tail != bytes(BLOCK):
-            self.damage = f"cut off or damaged at byte {min(end, self.size)} of {self.size}"
+        self.damage = self._what_follows(end)
+
+    def _what_follows(self, end: int) -> str:
+        """What is wrong behind the last member: "" if there are only zeros, and at least a block of them. Samples may
+        lie behind a page of zeros that a crash left, or behind the end of the first of two tars that were joined."""
+        if end + BLOCK > self.size or self._storage.read(self.path, end, BLOCK) != bytes(BLOCK):
+            return f"cut off or damaged at byte {min(end, self.size)} of {self.size}"
+        for begin in range(end, self.size, _READ_AT_ONCE):
+            rest = self._storage.read(self.path, begin, min(_READ_AT_ONCE, self.size - begin))
+            if rest.count(0) != len(rest):
+                return f"damaged at byte {end} of {self.size}, or there are data behind its end"
+        return ""
 
     def _text(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | None:
         is_text = info.name.rsplit(".", 1)[-1].lower() in TEXT_SUFFIXES

@@ -1,7 +1,7 @@
 """The index of one shard: what the planner and the loader need to know of each of its samples.
 
-A sidecar is a safetensors file beside its shard, `SHARD.idx`, mapped into memory. n samples, p images and t tokens of
-all of them:
+A sidecar is a safetensors file beside its shard, `SHARD.index.safetensors`, mapped into memory. n samples, p images and
+t tokens of all of them:
 
     first_token    [n+1] u32   ids of sample i are first_token[i]:first_token[i+1]
     first_image    [n+1] u32   its images are first_image[i]:first_image[i+1]
@@ -23,7 +23,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
 
 SIDECAR_VERSION = 1  # another one is indexed again; raise it whenever the same shard would give other arrays
-SUFFIX = ".idx"
+SUFFIX = ".index.safetensors"  # energon writes files named SHARD.tar.idx
 MAX_MEMBER_BYTES = 2**32 - 1
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
 _TEXT_NAMES = {"documents": "json", "pairs": "txt"}
@@ -57,6 +57,7 @@ class SidecarInfo:
     tar_sha256: str  # "" when only the headers were read
     damage: str  # "" or where the tar is cut off
     lost_images: int  # of usable documents, lost before the shard was written
+    index_sha256: str = ""  # Sidecar.digest() when the file was written
 
 
 class Sidecar:
@@ -115,7 +116,8 @@ class Sidecar:
 
     def to_bytes(self) -> bytes:
         """The file: the same bytes each time, which safetensors alone does not promise of its metadata."""
-        metadata = {name: str(value) for name, value in asdict(self.info).items()}
+        info = replace(self.info, index_sha256=self.digest())
+        metadata = {name: str(value) for name, value in asdict(info).items()}
         content = save(self.arrays, metadata=metadata)
         (length,) = struct.unpack("<Q", content[:8])
         header = json.loads(content[8 : 8 + length]) | {"__metadata__": metadata}

@@ -80,7 +80,7 @@ def source_facts(index: SourceIndex) -> SourceFacts:
         tokens=index.tokens,
         images=index.images,
         lost_images=sum(shard.lost_images for shard in index.shards),
-        dropped=index.dropped(),
+        dropped=index.dropped,
     )
 
 

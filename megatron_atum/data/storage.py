@@ -1,7 +1,8 @@
 """Bytes of shards, from local paths and from object stores (`s3://`, or any `scheme://` that fsspec knows).
 
-A read that fails for a reason that may pass is tried again; it says nothing about the shard. A file that is gone, or
-closed to us, is not waited for. fsspec is imported when the first remote path is used.
+A read that fails for a reason that may pass is tried again for about a minute; it says nothing about the shard. A file
+that is gone, or closed to us, is not waited for, nor are settings that are wrong. fsspec is imported when the first
+remote path is used.
 """
 
 from __future__ import annotations
@@ -30,8 +31,15 @@ TRANSIENT = {
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
 }
 TRANSIENT_STATUS = {408, 425, 429}  # of HTTP, and all from 500 on
-MISSING_STATUS = {401, 403, 404, 410}
+GONE_STATUS, REFUSED_STATUS = {404, 410}, {401, 403}
+# S3's for credentials that it answers with status 400. An answer to HEAD has no body that could say more than "400".
+REFUSED_CODES = {"400", "ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
 NETWORK_PACKAGES = {"aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "http", "s3fs", "ssl", "urllib3"}
+# Of botocore's own errors those that may pass, with their subclasses. The others are about settings.
+PASSING_ERRORS = {
+    *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"),
+    *("CredentialRetrievalError", "MetadataRetrievalError", "TokenRetrievalError", "CapacityNotAvailableError"),
+}
 S3_OPTIONS = {
     # One try per call: tries are counted here, and three layers of retries would multiply.
     "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 1}},
@@ -44,7 +52,11 @@ _T = TypeVar("_T")
 
 
 class MissingFile(DataError):
-    """A file that does not exist or may not be read. Trying again does not help."""
+    """A file that does not exist. Trying again does not help."""
+
+
+class ForbiddenFile(MissingFile):
+    """A file that may not be read. It may well be there: the credentials may be the wrong ones, or have expired."""
 
 
 def is_remote(path: str) -> bool:
@@ -82,11 +94,15 @@ def list_files(pattern: str) -> list[str]:
 class Storage:
     """Reads and writes files. To be used by one thread at a time; forked and pickled copies start afresh.
 
-    All methods raise MissingFile, or DataError when the storage fails for good or `tries` times in a row.
+    All methods raise MissingFile (of which ForbiddenFile is a kind), or DataError when the storage fails for good or
+    `tries` times in a row.
     """
 
-    def __init__(self, tries: int = 6, first_wait_s: float = 0.5) -> None:
-        """Args: first_wait_s: seconds before the second try; each further wait is twice as long."""
+    def __init__(self, tries: int = 8, first_wait_s: float = 0.5) -> None:
+        """Args: first_wait_s: most seconds before the second try; the bound doubles, up to LONGEST_WAIT_S.
+
+        A wait is at least half its bound, so that the defaults give up after 31 to 62 seconds of waiting.
+        """
         self.tries, self.first_wait_s = tries, first_wait_s
         self.retries = 0  # transient errors so far
         self._pid = os.getpid()
@@ -118,9 +134,11 @@ class Storage:
         return self._persist(path, lambda: self._size(path))
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file and we may ask for it."""
+        """Whether there is such a file. Raises ForbiddenFile when the storage refuses to tell."""
         try:
             self.size(path)
+        except ForbiddenFile:
+            raise
         except MissingFile:
             return False
         return True
@@ -147,7 +165,8 @@ class Storage:
         try:
             data: bytes = self._system(path).cat_file(path, start=offset, end=offset + size)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # s3fs's number for a range that begins behind the end
+            # EINVAL: s3fs's number for a range that begins behind the end, and for some tokens that have expired.
+            if error.errno != errno.EINVAL or _is_forbidden(error):
                 raise
             data = b""
         if len(data) == size:
@@ -326,7 +345,7 @@ def _make_system(scheme: str, path: str) -> Any:
 
 
 def _is_transient(error: Exception) -> bool:
-    if isinstance(error, DataError) or _is_missing(error):
+    if isinstance(error, DataError) or _is_missing(error) or _is_forbidden(error) or _is_about_settings(error):
         return False
     status = getattr(error, "status", None)
     if isinstance(status, int):  # aiohttp
@@ -339,19 +358,74 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _is_missing(error: Exception) -> bool:
-    gone = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    return isinstance(error, gone) or getattr(error, "status", None) in MISSING_STATUS
+    gone = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, gone) or _answer(error)[0] in GONE_STATUS
+
+
+def _is_forbidden(error: Exception) -> bool:
+    status, code = _answer(error)
+    return isinstance(error, PermissionError) or status in REFUSED_STATUS or code in REFUSED_CODES
+
+
+def _is_about_settings(error: Exception) -> bool:
+    """Whether botocore did not even ask: no credentials, no such profile, a bucket's name that cannot be one."""
+    if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
+        return True
+    names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "botocore.exceptions"}
+    return "BotoCoreError" in names and not names & PASSING_ERRORS
+
+
+def _answer(error: Exception) -> tuple[int | None, str]:
+    """HTTP status and S3's code of a server's answer, as far as the error tells."""
+    for found in (error, error.__cause__):
+        response = getattr(found, "response", None)
+        if isinstance(response, dict):  # botocore's error, which is the cause of s3fs's
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status, str(response.get("Error", {}).get("Code", ""))
+    return getattr(error, "status", None), ""
 
 
 def _permanent(path: str, verb: str, error: Exception) -> DataError | None:
     """What to raise for an error that stays; None: the error itself, which says enough or is a bug of ours."""
-    if isinstance(error, DataError) or not (isinstance(error, OSError) or _is_missing(error)):
+    if isinstance(error, DataError):
         return None
-    if verb != "read" or not _is_missing(error):
-        return DataError(f"{path} cannot be {verb} ({_text(error)})")
-    if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
+    if _is_about_settings(error):
+        return DataError(f"{path} cannot be {verb} ({_text(error)}); {_setting(error)}")
+    if _is_forbidden(error):
+        kind = ForbiddenFile if verb == "read" else DataError
+        return kind(f"{path} may not be {verb}, access was refused ({_text(error)}); {_permission(path)}")
+    if verb == "read" and _is_missing(error):
+        if isinstance(error, IsADirectoryError):
+            return MissingFile(f"{path} is a folder, not a file; correct its path")
         return MissingFile(f"{path} does not exist; restore it or correct its path")
-    return MissingFile(f"{path} may not be read ({_text(error)}); correct its permissions or the credentials")
+    return DataError(f"{path} cannot be {verb} ({_text(error)})") if isinstance(error, OSError) else None
+
+
+def _permission(path: str) -> str:
+    """What to do where access was refused."""
+    if not is_remote(path):
+        return "correct its permissions"
+    advice = "check the credentials, whether they have expired, and their permissions"
+    if _scheme(path) not in ("s3", "s3a"):
+        return advice
+    return f"{advice} (S3 refuses missing files too, where the permission s3:ListBucket is lacking)"
+
+
+def _setting(error: Exception) -> str:
+    """What to set where botocore did not ask."""
+    name = type(error).__name__
+    if isinstance(error, ValueError):
+        return "correct AWS_ENDPOINT_URL, such as https://HOST:PORT"
+    if name == "ParamValidationError":
+        return "correct the path, s3://BUCKET/KEY"
+    if "Profile" in name or "Config" in name:
+        return "correct AWS_PROFILE, ~/.aws/config and ~/.aws/credentials"
+    if "Region" in name or "Endpoint" in name:
+        return "set AWS_DEFAULT_REGION, and AWS_ENDPOINT_URL where the store is not Amazon's"
+    return (
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE to a complete entry of ~/.aws/credentials, "
+        "on all hosts"
+    )
 
 
 def _text(error: Exception) -> str:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from megatron_atum.data.index import SourceIndex
 from megatron_atum.data.order import Epoch, Group
 from megatron_atum.data.packing import best_fit
-from megatron_atum.data.pieces import draw_piece
+from megatron_atum.data.pieces import cut_tokens, draw_piece
 from megatron_atum.data.rng import Random
-from megatron_atum.data.tokenizer import BOS_ID
+from megatron_atum.data.tokenizer import EOS_ID
 from megatron_atum.errors import DataError
 
 WINDOW = 16384  # most samples that are packed together
@@ -162,10 +162,12 @@ class SourceStream:
             _, sidecar, row = self.index.sample(int(window.samples[n]))
             positions = sidecar.image_positions(row)
             piece = draw_piece(tokens[n], positions, self._row_tokens, self.index.max_images, float(chances[n]))
-            cuts[n] = (piece.start, piece.stop)
-            # A sample may hold several documents, and a piece may begin at the <s> of one of them.
-            begins_one = piece.start > 0 and int(sidecar.sample_ids(row)[piece.start]) == BOS_ID
-            tokens[n], images[n] = piece.tokens - begins_one, piece.images
+            ids, start = sidecar.sample_ids(row), piece.start
+            # A sample may hold several documents: a piece from the </s> of one begins with the next.
+            if int(ids[start]) == EOS_ID and start + 1 < piece.stop:
+                start += 1
+            cuts[n] = (start, piece.stop)
+            tokens[n], images[n] = cut_tokens(start, piece.stop, int(ids[start])), piece.images
         return cuts
 
     def _random(self, what: str, key: tuple[int, int, int]) -> Random:

@@ -16,7 +16,7 @@ from megatron_atum.data.flags import MAX_CONSECUTIVE_IMAGES, MIN_TEXT_TOKENS, ma
 from megatron_atum.data.tokenizer import FAKE_TOKEN, IMAGE_TOKEN, Tokenizer
 
 DOCUMENT_BOUNDARY = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"  # stands inside OBELICS texts where the topic changes
-SPECIAL_TEXTS = ("<s>", "</s>", FAKE_TOKEN, IMAGE_TOKEN)
+SPECIAL_TEXTS = ("<s>", "</s>", "<unk>", FAKE_TOKEN, IMAGE_TOKEN, "<end_of_utterance>")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: json can spell one, UTF-8 cannot
 
 

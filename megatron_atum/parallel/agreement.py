@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_atum.errors import AtumError, ConfigError
+from megatron_atum.errors import AtumError, ConfigError, DataError
 from megatron_atum.parallel.device import device
 
 T = TypeVar("T")
@@ -34,21 +34,30 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
-def largest_codes(codes: Tensor, error: AtumError | None, group: dist.ProcessGroup) -> Tensor:
+def largest_codes(plan: int, codes: Tensor, error: Exception | None, group: dist.ProcessGroup) -> Tensor:
     """The largest of all ranks' codes; or, if there is an error on any rank, all raise that one.
 
-    Costs one all-reduce of two numbers as long as there are neither errors nor codes other than 0.
+    Costs one all-reduce of four numbers as long as there are neither errors nor codes other than 0.
 
     Args:
+        plan: 64-bit hash of what is planned, signed; the same on every rank without an error.
         codes: [n] uint8 on the CPU, as many on every rank without an error.
         group: of all ranks, over gloo.
+
+    Raises:
+        DataError: ranks have planned different things.
     """
-    found = torch.tensor([error is not None, bool(codes.any())], dtype=torch.uint8)
+    found = torch.tensor([error is not None, bool(codes.any()), plan, ~plan])
     dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     if found[0]:
-        errors: list[AtumError | None] = [None] * dist.get_world_size(group)
+        errors: list[Exception | None] = [None] * dist.get_world_size(group)
         dist.all_gather_object(errors, error, group=group)
         raise next(problem for problem in errors if problem is not None)
+    if found[2] != ~found[3]:
+        raise DataError(
+            "ranks plan different rows from what should be the same files; compare manifests and sidecars "
+            "on all nodes (tools/data/validate.py), or use one shared folder"
+        )
     if found[1]:
         codes = codes.clone()
         dist.all_reduce(codes, op=dist.ReduceOp.MAX, group=group)

@@ -15,7 +15,7 @@ import torch
 
 from megatron_atum.batch import Batch, StepData
 from megatron_atum.data.loader import StepLoader
-from megatron_atum.parallel.agreement import largest_codes
+from megatron_atum.parallel.agreement import largest_codes, together
 from megatron_atum.parallel.device import device
 from megatron_atum.parallel.groups import ProcessGroups
 
@@ -37,13 +37,14 @@ class StepFeed:
         self._pins = device().type != "cpu"
         self._state = loader.state_dict()
         self._report = loader.fault_report()
-        loader.start()  # processes are made by the main thread
+        if steps > 0:
+            together(loader.start)  # processes are made by the main thread
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._next: Future[_Fetched] | None = None
         self._fetch_next()
 
     def next(self) -> StepData:
-        """Raises DataError, on all ranks."""
+        """Raises DataError or DataFailure, on all ranks."""
         assert self._next is not None
         fetched = self._next.result()
         self._state, self._report = fetched.state, fetched.report
@@ -64,7 +65,7 @@ class StepFeed:
         self._loader.close()
 
     def _fetch_next(self) -> None:
-        self._next = self._thread.submit(self._fetch) if self._left else None
+        self._next = self._thread.submit(self._fetch) if self._left > 0 else None
         self._left -= 1
 
     def _fetch(self) -> _Fetched:

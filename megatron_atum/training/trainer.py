@@ -13,7 +13,7 @@ from megatron_atum.checkpoint.files import write_text
 from megatron_atum.checkpoint.run_checkpoint import RunCheckpoint, Saved
 from megatron_atum.checkpoint.weights import fill, initialise
 from megatron_atum.config.loader import to_yaml
-from megatron_atum.errors import CheckpointError, ConfigError
+from megatron_atum.errors import AtumError, CheckpointError, ConfigError
 from megatron_atum.parallel.agreement import together
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.training.engine import Engine, StepResult
@@ -37,6 +37,14 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step, saving on the way and at the end. Collective over all ranks."""
         self._begin()
+        try:
+            self._train()
+        except AtumError:
+            self._say_faults()  # they may be why
+            raise
+        self._end()
+
+    def _train(self) -> None:
         saved_at = self.step
         while self.step < self.config.training.steps:
             began = time.perf_counter()
@@ -51,7 +59,6 @@ class Trainer:
                 saved_at = self.step
         if saved_at != self.step:
             self._save()
-        self._end()
 
     def _fill_weights(self) -> None:
         engine, start, model = self.engine, self.start, self.config.model

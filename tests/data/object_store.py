@@ -68,7 +68,8 @@ def make_handler(proxy: Proxy, target: str) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", size)
             self.end_headers()
             self.close_connection = self.close_connection or cut
-            self.wfile.write(body[: len(body) // 2] if cut else body)
+            if self.command != "HEAD":
+                self.wfile.write(body[: len(body) // 2] if cut else body)
 
         def log_message(self, *args: Any) -> None: ...
 

@@ -87,8 +87,8 @@ def test_filters(filtered: Path, tokenizer: Tokenizer, filters: list[str], tmp_p
     left_out = {key for key, names in MEETS.items() if set(names) & set(filters)}
     assert keys(found) == [key for key in FILTERED if key not in left_out]
     assert found.usable == len(FILTERED) - len(left_out)
-    counts = found.dropped()
-    assert counts.pop("bad_json") == 1 and found.faults() == 1
+    counts = found.dropped
+    assert counts.pop("bad_json") == 1 and found.faults == 1
     assert sum(counts.values()) == len(left_out)
     first = {key: next(name for name in MEETS[key] if name in filters) for key in left_out}
     assert counts == {name: list(first.values()).count(name) for name in set(first.values())}
@@ -110,16 +110,16 @@ def test_counts_are_those_of_the_manifest(filtered: Path, tokenizer: Tokenizer, 
     write_index(tmp_path / "*.tar", "documents", tokenizer, tmp_path / "m.json")
     found = opened(source(tmp_path / "m.json", "documents"), tokenizer, FILTERS)
     entries = read_manifest(str(tmp_path / "m.json"), Storage()).shards
-    assert found.dropped() == dropped(entries, found.drop_mask)
+    assert found.dropped == dropped(entries, found.drop_mask)
     assert (found.usable, found.tokens, found.images) == entries[0].used(found.drop_mask)
-    assert found.usable + sum(found.dropped().values()) == entries[0].samples == len(FILTERED) + 1
+    assert found.usable + sum(found.dropped.values()) == entries[0].samples == len(FILTERED) + 1
 
 
 def test_pairs_have_no_document_filters(shards: Path, tokenizer: Tokenizer, jpeg: bytes) -> None:
     write_shard(shards / "d.tar", [PairRecord("d", jpeg, "</s> a caption"), PairRecord("e", jpeg, "x")])
     found = opened(source(shards / "*.tar"), tokenizer, FILTERS)
-    assert found.dropped() == {"special_token_in_text": 1} and "e" in keys(found)
-    assert opened(source(shards / "*.tar"), tokenizer).dropped() == {}
+    assert found.dropped == {"special_token_in_text": 1} and "e" in keys(found)
+    assert opened(source(shards / "*.tar"), tokenizer).dropped == {}
 
 
 def test_three_ways_to_the_same_index(shards: Path, tokenizer: Tokenizer) -> None:
@@ -158,7 +158,7 @@ def test_digest_does_not_depend_on_the_order_of_the_filters(shards: Path, tokeni
 def test_a_sidecar_that_does_not_fit_is_not_used(shards: Path, tokenizer: Tokenizer, jpeg: bytes) -> None:
     write_index(shards / "*.tar", "pairs", tokenizer)
     write_shard(shards / "a.tar", [PairRecord(f"new{n}", jpeg * 9, "text") for n in range(40)])
-    (shards / "c.tar.idx").write_bytes(b"damaged")
+    (shards / "c.tar.index.safetensors").write_bytes(b"damaged")
     found = opened(source(shards / "*.tar"), tokenizer)
     assert keys(found)[0] == "new0" and len(found) == 42
     with pytest.raises(DataError, match=r"source s has no usable sample \(missing_part: 42\)"):
@@ -170,7 +170,7 @@ def test_a_shard_rewritten_at_the_same_size_is_indexed_anew(shards: Path, tokeni
     size = (shards / "c.tar").stat().st_size
     write_shard(shards / "c.tar", [PairRecord(f"d{n}", jpeg, f"another text {n}") for n in range(2)])
     assert (shards / "c.tar").stat().st_size == size
-    later = (shards / "c.tar.idx").stat().st_mtime + 10
+    later = (shards / "c.tar.index.safetensors").stat().st_mtime + 10
     os.utime(shards / "c.tar", (later, later))
     assert keys(opened(source(shards / "*.tar"), tokenizer))[-2:] == ["d0", "d1"]
 
@@ -200,14 +200,14 @@ def test_another_kind_than_the_manifest(shards: Path, tokenizer: Tokenizer) -> N
 def test_sidecars_of_a_manifest_are_checked_when_they_are_used(shards: Path, tokenizer: Tokenizer) -> None:
     write_index(shards / "*.tar", "pairs", tokenizer, shards / "m.json")
     found = opened(source(shards / "m.json"), tokenizer)
-    shutil.copy(shards / "c.tar.idx", shards / "a.tar.idx")
-    with pytest.raises(DataError, match=r"a\.tar\.idx is not the one its manifest was made with; run tools/data/index"):
+    shutil.copy(shards / "c.tar.index.safetensors", shards / "a.tar.index.safetensors")
+    with pytest.raises(DataError, match=r"a\.tar\.index\.safetensors is not the one its manifest was made with"):
         found.sidecar(0)
-    (shards / "a.tar.idx").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"a\.tar\.idx is no sidecar"):
+    (shards / "a.tar.index.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"a\.tar\.index\.safetensors is no sidecar"):
         found.sidecar(0)
-    (shards / "a.tar.idx").unlink()
-    with pytest.raises(DataError, match=r"a\.tar\.idx is missing; make it again with tools/data/index\.py"):
+    (shards / "a.tar.index.safetensors").unlink()
+    with pytest.raises(DataError, match=r"a\.tar\.index\.safetensors is missing; make it again"):
         found.sidecar(0)
     assert found.sidecar(2).key(0) == "c0"
 
@@ -215,12 +215,12 @@ def test_sidecars_of_a_manifest_are_checked_when_they_are_used(shards: Path, tok
 def test_a_sidecar_with_as_many_samples_and_other_flags_is_seen(shards: Path, tokenizer: Tokenizer) -> None:
     write_index(shards / "*.tar", "pairs", tokenizer, shards / "m.json")
     found = opened(source(shards / "m.json"), tokenizer)
-    place = shards / "a.tar.idx"
+    place = shards / "a.tar.index.safetensors"
     sidecar = read_sidecar(str(place), Storage())
     other = Sidecar(sidecar.info, {**sidecar.arrays, "flags": sidecar.flags ^ np.uint16(1 << 9)})
     place.unlink()
     place.write_bytes(other.to_bytes())
-    with pytest.raises(DataError, match=r"a\.tar\.idx is not the one its manifest was made with"):
+    with pytest.raises(DataError, match=r"a\.tar\.index\.safetensors is not the one its manifest was made with"):
         found.sidecar(0)
 
 
@@ -266,7 +266,7 @@ def test_damaged_shards_are_counted_and_used_as_far_as_they_go(shards: Path, tok
     (shards / "a.tar").write_bytes(data[: data.index(b"a2.txt") + 512])
     found = opened(source(shards / "*.tar"), tokenizer)
     assert keys(found) == ["a0", "a1", "c0", "c1"]
-    assert found.dropped() == {"cut_off": 1, "truncated_tar": 1} and found.faults() == 1
+    assert found.dropped == {"cut_off": 1, "truncated_tar": 1} and found.faults == 1
 
 
 def test_large_data_sets_need_an_index(shards: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,13 +293,13 @@ def test_unfinished_files_are_no_shards(shards: Path, tokenizer: Tokenizer) -> N
 def test_faults_are_told_from_what_is_filtered() -> None:
     flags = [0, *(mask_of([name]) for name in ("bad_json", "no_text", "few_tokens", "duplicate_key"))]
     found = fake_index("s", [fake_sidecar("documents", [9] * 5, [[]] * 5, flags)], filters=["few_tokens"])
-    assert found.faults() == 2 and sum(found.dropped().values()) == 4 and found.usable == 1
+    assert found.faults == 2 and sum(found.dropped.values()) == 4 and found.usable == 1
 
 
 def test_a_manifest_without_its_shards_opens(shards: Path, tokenizer: Tokenizer) -> None:
     """A run knows all of a source before it opens any shard."""
     write_index(shards / "*.tar", "pairs", tokenizer, shards / "m.json")
-    for path in [*shards.glob("*.tar"), *shards.glob("*.idx")]:
+    for path in [*shards.glob("*.tar"), *shards.glob("*.index.safetensors")]:
         path.unlink()
     assert opened(source(shards / "m.json"), tokenizer).usable == 5
 

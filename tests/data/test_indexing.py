@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def made_at(folder: Path) -> dict[str, int]:
     """By shard: changes when the file is written again."""
-    return {path.name.split(".")[0]: path.stat().st_mtime_ns for path in folder.glob("*.idx")}
+    return {path.name.split(".")[0]: path.stat().st_mtime_ns for path in folder.glob("*.index.safetensors")}
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_what_fits_is_kept_and_what_does_not_is_made_again(
     before, first = contents(pairs), made_at(pairs)
     assert make(pairs, how) == manifest and made_at(pairs) == first
     other_kind = build_sidecar(str(pairs / "000.tar"), "documents", tokenizer, Storage(), whole=True)
-    (pairs / "000.tar.idx").write_bytes(other_kind.to_bytes())
-    (pairs / "001.tar.idx").write_bytes(before["001.tar.idx"][:100])
+    (pairs / "000.tar.index.safetensors").write_bytes(other_kind.to_bytes())
+    (pairs / "001.tar.index.safetensors").write_bytes(before["001.tar.index.safetensors"][:100])
     kept = made_at(pairs)["002"]
     make(pairs, how)
     assert contents(pairs) == before and made_at(pairs)["002"] == kept
@@ -104,7 +104,7 @@ def test_a_shard_that_was_written_again_is_indexed_again(pairs: Path, how: Index
     later = time.time() + 10
     os.utime(pairs / "001.tar", (later, later))
     make(pairs, how)
-    assert read_sidecar(str(pairs / "001.tar.idx"), Storage()).key(0) == "new0"
+    assert read_sidecar(str(pairs / "001.tar.index.safetensors"), Storage()).key(0) == "new0"
 
 
 def test_without_sha256_only_headers_are_read_until_it_is_asked_for(pairs: Path, how: Indexing) -> None:
@@ -137,11 +137,11 @@ def test_killed_and_started_again_it_writes_the_same_bytes(
     whole = write_pairs(tmp_path / "reference", jpeg)
     make(whole, how)
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(pairs), how.tokenizer])
-    wait_for(lambda: (pairs / "000.tar.idx").exists())
+    wait_for(lambda: (pairs / "000.tar.index.safetensors").exists())
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert not (pairs / "manifest.json").exists() and not (pairs / "002.tar.idx").exists()
-    (pairs / "001.tar.idx.0123abcd.tmp").write_bytes(b"half")  # as a kill during a write leaves it
+    assert not (pairs / "manifest.json").exists() and not (pairs / "002.tar.index.safetensors").exists()
+    (pairs / "001.tar.index.safetensors.0123abcd.tmp").write_bytes(b"half")  # as a kill during a write leaves it
     kept = made_at(pairs)["000"]
     make(pairs, how)
     assert contents(pairs) == contents(whole) and made_at(pairs)["000"] == kept
@@ -176,7 +176,9 @@ def test_shards_that_cannot_be_read_are_listed_and_no_manifest_is_written(pairs:
     with pytest.raises(DataError, match=r"2 of 3 shards cannot be read:\n.*000\.tar.*\n.*002\.tar") as caught:
         make(pairs, how)
     assert "001" not in str(caught.value)
-    assert [path.name for path in pairs.glob("*.idx")] == ["001.tar.idx"] and not (pairs / "manifest.json").exists()
+    assert [path.name for path in pairs.glob("*.index.safetensors")] == ["001.tar.index.safetensors"] and not (
+        pairs / "manifest.json"
+    ).exists()
 
 
 def test_keys_of_several_shards_are_refused_unless_allowed(pairs: Path, how: Indexing) -> None:
@@ -205,7 +207,7 @@ def test_the_tokenizer_is_checked_before_any_shard(pairs: Path, how: Indexing, t
         make(pairs, replace(how, tokenizer=str(tmp_path / "no.model")))
     with pytest.raises(DataError, match="does not exist"):
         load_tokenizer(str(tmp_path / "none.model"))
-    assert list(pairs.glob("*.idx")) == []
+    assert list(pairs.glob("*.index.safetensors")) == []
 
 
 def test_shards_are_named_by_files_globs_and_folders(

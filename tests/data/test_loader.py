@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +14,17 @@ from PIL import Image
 
 from megatron_atum.batch import NO_IMAGE, PAD_POSITION, Batch, image_slice
 from megatron_atum.config.schema import DataConfig, SourceConfig
+from megatron_atum.data.faults import FaultCounts
 from megatron_atum.data.image_attention import next_image_index, previous_image_index
 from megatron_atum.data.images import IMAGE_FAULTS, decode_image, eval_pixels
 from megatron_atum.data.loader import StepLoader
 from megatron_atum.data.microbatch import MicrobatchBuilder
+from megatron_atum.data.planner import Pack
 from megatron_atum.data.shards import DocumentRecord, PairRecord, read_shard, write_shard
+from megatron_atum.data.storage import ForbiddenFile, Storage
 from megatron_atum.data.tokenizer import Tokenizer
-from megatron_atum.errors import AtumError, ConfigError, DataError
+from megatron_atum.errors import ConfigError, DataError, DataFailure
+from tests.data.conftest import fake_index, fake_sidecar
 
 MakeLoader = Callable[..., StepLoader]
 MakeConfig = Callable[..., DataConfig]
@@ -238,7 +243,7 @@ def test_no_token_sees_a_broken_image(
     assert broken > 0 and step.faults == broken
     assert loader.fault_report() == {"s": {"corrupt_image": broken}}
     assert step.messages[0].startswith("s: corrupt_image: an image of k1 in ")
-    assert loader.state_dict()["faults"]["s"]["corrupt_image"] == broken
+    assert loader.state_dict()["faults"]["s"]["all"]["corrupt_image"] == broken
 
 
 def test_ranks_learn_of_each_others_broken_images(
@@ -250,11 +255,11 @@ def test_ranks_learn_of_each_others_broken_images(
     places = [{"tensor_rank": rank, "tensor_size": 2} for rank in range(2)] + [{"encodes_images": False}]
     found: list[torch.Tensor] = []
     for place in places:
-        make_loader(config, **place).next_step(lambda codes, error: found.append(codes) or codes)
+        make_loader(config, **place).next_step(lambda plan, codes, error: found.append(codes) or codes)
     assert not found[2].any() and not torch.equal(found[0], found[1])
     merged = torch.stack(found).amax(0)
     for place in places:
-        step = make_loader(config, **place).next_step(lambda codes, error: merged)
+        step = make_loader(config, **place).next_step(lambda plan, codes, error: merged)
         assert step.faults == whole.faults
         for ours, theirs in zip(step.microbatches, whole.microbatches, strict=True):
             assert_equal(ours, theirs, but=("pixels",))
@@ -265,7 +270,7 @@ def test_too_many_broken_images_stop_the_run(
 ):
     loader = make_loader(data_config(sources=[one_broken], max_fault_rate=0.02))
     with pytest.raises(
-        DataError, match=r"source s: 2\d of \d+ images are broken \(corrupt_image: .*max_fault_rate=0.02"
+        DataError, match=r"source s: 2\d of \d+ images are broken .*\(corrupt_image: .*max_fault_rate=0.02"
     ):
         for _ in range(50):
             loader.next_step()
@@ -294,7 +299,7 @@ def test_too_many_broken_samples_are_refused_at_the_start(
     shard = tmp_path / "0.tar"
     shard.write_bytes(shard.read_bytes().replace(b"fine", b"\xff\xfe\xfd\xfc", 1))
     make_loader(data_config(sources=[source]))
-    with pytest.raises(DataError, match=r"source s: 1 of 3 samples are broken \(not_utf8: 1\)"):
+    with pytest.raises(DataError, match=r"source s: 1 of 3 samples are broken .*\(not_utf8: 1\)"):
         make_loader(data_config(sources=[source], max_fault_rate=0.0))
 
 
@@ -343,14 +348,86 @@ def test_a_worker_that_dies_is_an_error_with_a_message(
 ):
     monkeypatch.setattr(MicrobatchBuilder, "build", lambda self, packs: os._exit(9))
     loader = make_loader(data_config(workers=1))
-    with pytest.raises(DataError, match="a decoding process ended"):
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(DataFailure, match="a decoding process ended"):
         loader.next_step()
+    assert signal.getsignal(signal.SIGCHLD) is before  # torch's would raise anywhere in the main thread
+
+
+def test_a_bug_is_told_with_its_place(
+    make_loader: MakeLoader, data_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+):
+    def build(self: MicrobatchBuilder, packs: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(MicrobatchBuilder, "build", build)
+    with pytest.raises(DataFailure, match=r"(?s)reading data failed: .*in build.*MemoryError: no room"):
+        make_loader().next_step()
+
+
+def counted(used: int, broken: int, reason: str = "corrupt_image", rate: float = 0.01, before: int = 0) -> FaultCounts:
+    """Counts of a source after so many images, `before` of them long ago and fine."""
+    found = FaultCounts([fake_index("s", [fake_sidecar("pairs", [9], [[2]])], "pairs")], rate)
+    code = IMAGE_FAULTS.index(reason) + 1
+    for images, bad in ((before, 0), (used, broken)):
+        codes = torch.zeros(images, dtype=torch.uint8)
+        codes[:bad] = code
+        found.add([Pack(0, 0, (0,) * images, 9 * images, images)], codes)
+        found.check()
+    return found
+
+
+def test_a_rate_is_taken_of_at_least_a_thousand():
+    counted(20, 10)
+    with pytest.raises(DataError, match="11 of 20 images are broken"):
+        counted(20, 11)
+    with pytest.raises(DataError, match="21 of 2000 images"):
+        counted(2000, 21)
+
+
+def test_what_goes_wrong_late_in_a_run_is_seen():
+    """Ten times the rate among the last images, however many were fine before."""
+    counted(2000, 200, before=10_000_000)
+    with pytest.raises(DataError, match="201 of 2000 of the last images"):
+        counted(2000, 201, before=10_000_000)
+
+
+def test_not_all_shards_may_be_missing():
+    counted(2000, 1000, "missing_shard")
+    with pytest.raises(DataError, match=r"1001 of 2000 of the last images .*missing_shard: 1001"):
+        counted(2000, 1001, "missing_shard", rate=1.0)
+
+
+def test_access_that_is_refused_is_no_missing_shard(
+    tmp_path: Path, make_loader: MakeLoader, data_config: MakeConfig, jpeg: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(self: Storage, path: str) -> int:
+        raise ForbiddenFile(f"{path}: access was refused")
+
+    source = pairs_source(tmp_path, [PairRecord("k", jpeg, "a picture")])
+    loader = make_loader(data_config(sources=[source], on_missing_shard="skip"))
+    monkeypatch.setattr(Storage, "size", refused)
+    with pytest.raises(DataError, match=r"0\.tar: access was refused"):
+        loader.next_step()
+
+
+def test_the_hash_of_a_step_is_that_of_its_rows(make_loader: MakeLoader, data_config: MakeConfig):
+    seen: list[int] = []
+
+    def agree(plan: int, codes: torch.Tensor, error: Exception | None) -> torch.Tensor:
+        seen.append(plan)
+        return codes
+
+    for loader in (make_loader(), make_loader(data_parallel_size=2, data_parallel_rank=1), make_loader(seed=8)):
+        loader.next_step(agree)
+        loader.next_step(agree)
+    assert seen[:2] == seen[2:4] and len(set(seen)) == 4
 
 
 def test_an_error_is_agreed_on_by_all(make_loader: MakeLoader):
     """A rank without an error of its own raises what `agree` raises."""
 
-    def agree(codes: torch.Tensor, error: AtumError | None) -> torch.Tensor:
+    def agree(plan: int, codes: torch.Tensor, error: Exception | None) -> torch.Tensor:
         assert error is None
         raise DataError("on another rank")
 

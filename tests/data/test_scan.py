@@ -13,6 +13,7 @@ import pytest
 
 from megatron_atum.data import scan
 from megatron_atum.data.scan import BLOCK, ShardScan, StoredSample
+from megatron_atum.data.shards import PairRecord, write_shard
 from megatron_atum.data.storage import MissingFile, Storage
 from megatron_atum.errors import DataError
 from tests.data.conftest import write_members
@@ -258,3 +259,23 @@ def test_memory_does_not_grow_with_the_members(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(tarfile, "open", watched)
     assert max(len(opened[0].members) for _ in ShardScan(Storage(), str(tmp_path / "a.tar"))) <= 2
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("behind", ["a page of zeros", "another tar", "anything"])
+def test_samples_that_are_hidden_behind_zeros(tmp_path: Path, jpeg: bytes, behind: str, whole: bool) -> None:
+    """A tar ends at its first block of zeros, wherever that comes from."""
+    write_shard(tmp_path / "a.tar", [PairRecord(f"k{n:02d}", jpeg, f"caption {n}") for n in range(30)])
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    if behind == "a page of zeros":
+        place = data.index(b"k10.jpg")
+        data[place : place + 4096] = bytes(4096)
+    elif behind == "another tar":
+        data += bytes(data)
+    else:
+        data += b"?" * 30_000
+    (tmp_path / "b.tar").write_bytes(data)
+    shard = ShardScan(Storage(), str(tmp_path / "b.tar"), whole=whole)
+    found = [sample.key for sample in shard]
+    assert found == [f"k{n:02d}" for n in range(10 if "page" in behind else 30)]
+    assert "there are data behind its end" in shard.damage

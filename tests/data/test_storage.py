@@ -16,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_atum.data import storage as core
-from megatron_atum.data.storage import MissingFile, Storage, folder_of, is_remote, join, list_files
+from megatron_atum.data.storage import ForbiddenFile, MissingFile, Storage, folder_of, is_remote, join, list_files
 from megatron_atum.errors import DataError
 from tests.data.object_store import CONTENT, SHARD, Proxy, proxy, server
 
@@ -154,11 +155,78 @@ def test_what_does_not_exist_is_not_waited_for(path: str, proxy: Proxy, s3: Stor
     assert s3.retries == 0
 
 
-def test_what_may_not_be_read_is_not_waited_for(proxy: Proxy, s3: Storage):
-    proxy.failures = ["403 AccessDenied"]
-    with pytest.raises(MissingFile, match=r"a\.tar may not be read .*credentials"):
+REFUSALS = ["403 AccessDenied", "400 ExpiredToken", "400 InvalidToken", "403 Unknown", "403", "401", "400"]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refusal_is_not_waited_for_and_not_taken_for_a_loss(refusal: str, proxy: Proxy, s3: Storage):
+    message = r"a\.tar may not be read, access was refused .*check the credentials.*S3 refuses missing files too"
+    for call in (lambda: s3.read(SHARD, 0, 10), lambda: s3.size(SHARD), lambda: s3.exists(SHARD)):
+        proxy.failures = [refusal] * 3  # at 400, botocore looks for the bucket in other regions
+        with pytest.raises(ForbiddenFile, match=message):
+            call()
+    proxy.failures = [refusal]
+    with pytest.raises(DataError, match=r"new may not be written, access was refused .*permissions") as caught:
+        s3.write("s3://shards/new", b"x")
+    assert not isinstance(caught.value, MissingFile) and s3.retries == 0
+
+
+@pytest.mark.parametrize("failure", ["404 NoSuchKey", "404 NoSuchBucket", "404", "410"])
+def test_what_is_gone_is_not_forbidden(failure: str, proxy: Proxy, s3: Storage):
+    proxy.failures = [failure]
+    with pytest.raises(MissingFile, match=r"a\.tar does not exist") as caught:
         s3.read(SHARD, 0, 10)
+    assert not isinstance(caught.value, ForbiddenFile) and s3.retries == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SECRET_ACCESS_KEY": ""}, "PartialCredentialsError.*; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ({"ACCESS_KEY_ID": "", "SECRET_ACCESS_KEY": ""}, "NoCredentialsError.*; set AWS_ACCESS_KEY_ID"),
+        ({"PROFILE": "nobody"}, "ProfileNotFound.*; correct AWS_PROFILE"),
+        ({"ENDPOINT_URL": "nowhere"}, "Invalid endpoint: nowhere.*; correct AWS_ENDPOINT_URL"),
+    ],
+)
+def test_wrong_settings_are_no_outage(
+    variables: dict[str, str], message: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+        if not value:
+            monkeypatch.delenv(f"AWS_{name}")
+    storage = Storage(tries=4, first_wait_s=0.001)
+    with pytest.raises(DataError, match=rf"(?s)a\.tar cannot be read \(.*{message}") as caught:
+        storage.read(SHARD, 0, 10)
+    assert not isinstance(caught.value, MissingFile) and storage.retries == 0 and proxy.requests == []
+
+
+def test_a_bucket_that_cannot_be_one(proxy: Proxy, s3: Storage):
+    with pytest.raises(
+        DataError, match=r"(?s)cannot be read \(ParamValidationError.*; correct the path, s3://BUCKET/KEY"
+    ):
+        s3.read("s3://A B/a.tar", 0, 10)
     assert s3.retries == 0
+
+
+@pytest.mark.parametrize("name", ["CredentialRetrievalError", "MetadataRetrievalError", "EndpointConnectionError"])
+def test_credentials_that_cannot_be_had_just_now_are_waited_for(
+    name: str, proxy: Proxy, s3: Storage, monkeypatch: pytest.MonkeyPatch
+):
+    facts = {"provider": "iam-role", "error_msg": "timed out", "endpoint_url": "http://x"}
+    errors = [getattr(botocore.exceptions, name)(**facts)]
+    system = s3._system(SHARD)
+    cat = system.cat_file
+
+    def cat_file(*args: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return cat(*args, **options)
+
+    monkeypatch.setattr(system, "cat_file", cat_file)
+    assert s3.read(SHARD, 0, 10) == CONTENT[:10] and s3.retries == 1
 
 
 @pytest.mark.parametrize("offset", [len(CONTENT) - 5, len(CONTENT), len(CONTENT) + 100])
@@ -310,8 +378,11 @@ def test_files_that_cannot_be_read(shard: str, quick: Storage, tmp_path: Path, m
     with pytest.raises(MissingFile, match="is a folder"):
         quick.size(str(tmp_path))
     Flaky(monkeypatch, "open", errno.EACCES)
-    with pytest.raises(MissingFile, match=r"may not be read .*permissions"):
+    with pytest.raises(ForbiddenFile, match=r"may not be read, access was refused .*correct its permissions$"):
         quick.read(shard, 0, 1)
+    Flaky(monkeypatch, "stat", errno.EACCES)
+    with pytest.raises(ForbiddenFile, match="access was refused"):
+        quick.exists(shard)
     Flaky(monkeypatch, "open", errno.EMFILE)
     with pytest.raises(DataError, match=r"a\.tar cannot be read \(OSError: \[Errno 24\]"):
         quick.read(shard, 0, 1)
@@ -354,6 +425,15 @@ def test_waits_double_up_to_a_bound_and_draw_from_no_global_state(shard: str, mo
     longest = [1, 2, 4, 8, 16, 30, 30, 30, 30]
     assert len(waits) == 9 and all(m / 2 <= wait <= m for m, wait in zip(longest, waits, strict=True))
     assert len(set(waits)) == 9
+
+
+def test_by_default_an_outage_of_half_a_minute_passes(shard: str, monkeypatch: pytest.MonkeyPatch):
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    Flaky(monkeypatch, "pread", *[errno.EIO] * 99)
+    with pytest.raises(DataError, match="8 tries failed"):
+        Storage().read(shard, 0, 1)
+    assert 30 < sum(waits) < 65
 
 
 # streams -------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def remove_tar(folder: Path) -> Found:
 
 def cut_tar(folder: Path) -> Found:
     """Within the second of its three samples."""
-    member = read_sidecar(str(folder / "1.tar.idx"), Storage()).image_members(1)[0]
+    member = read_sidecar(str(folder / "1.tar.index.safetensors"), Storage()).image_members(1)[0]
     content = (folder / "1.tar").read_bytes()
     (folder / "1.tar").write_bytes(content[: member.offset + 10])
     shard = [("1.tar", "", reason) for reason in ("size_differs", "sha256_differs", "truncated_tar")]
@@ -76,27 +76,27 @@ def cut_tar(folder: Path) -> Found:
 
 
 def flip_in_image(folder: Path) -> Found:
-    member = read_sidecar(str(folder / "1.tar.idx"), Storage()).image_members(1)[1]
+    member = read_sidecar(str(folder / "1.tar.index.safetensors"), Storage()).image_members(1)[1]
     flip(folder / "1.tar", member.offset + 1)
     return [("1.tar", "", "sha256_differs"), ("1.tar", "1b", "corrupt_image")]
 
 
 def flip_in_text(folder: Path) -> Found:
-    place = read_sidecar(str(folder / "1.tar.idx"), Storage()).text_member(2).offset
+    place = read_sidecar(str(folder / "1.tar.index.safetensors"), Storage()).text_member(2).offset
     content = (folder / "1.tar").read_bytes()
     (folder / "1.tar").write_bytes(content[:place] + content[place:].replace(b"some", b"home", 1))
     return [("1.tar", "", "sha256_differs"), ("1.tar", "1c", "ids_differ")]
 
 
 def put_a_control_token(folder: Path) -> Found:
-    place = read_sidecar(str(folder / "1.tar.idx"), Storage()).text_member(2).offset
+    place = read_sidecar(str(folder / "1.tar.index.safetensors"), Storage()).text_member(2).offset
     content = (folder / "1.tar").read_bytes()
     (folder / "1.tar").write_bytes(content[:place] + content[place:].replace(b"some", b"</s>", 1))
     return [("1.tar", "", "sha256_differs"), ("1.tar", "1c", "flags_differ")]
 
 
 def break_json(folder: Path) -> Found:
-    flip(folder / "1.tar", read_sidecar(str(folder / "1.tar.idx"), Storage()).text_member(0).offset)
+    flip(folder / "1.tar", read_sidecar(str(folder / "1.tar.index.safetensors"), Storage()).text_member(0).offset)
     return [("1.tar", "", "sha256_differs"), ("1.tar", "1a", "bad_json")]
 
 
@@ -112,17 +112,17 @@ def write_garbage(folder: Path) -> Found:
 
 
 def remove_sidecar(folder: Path) -> Found:
-    (folder / "1.tar.idx").unlink()
+    (folder / "1.tar.index.safetensors").unlink()
     return [("1.tar", "", "missing_index")]
 
 
 def cut_sidecar(folder: Path) -> Found:
-    (folder / "1.tar.idx").write_bytes((folder / "1.tar.idx").read_bytes()[:200])
+    (folder / "1.tar.index.safetensors").write_bytes((folder / "1.tar.index.safetensors").read_bytes()[:200])
     return [("1.tar", "", "damaged_index")]
 
 
 def flip_in_sidecar(folder: Path) -> Found:
-    flip(folder / "1.tar.idx", -1)
+    flip(folder / "1.tar.index.safetensors", -1)
     return [("1.tar", "", "wrong_index")]
 
 

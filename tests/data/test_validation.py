@@ -50,7 +50,8 @@ def assert_equal(left: list[Batch], right: list[Batch]) -> None:
 def config(data_config: MakeConfig, tiny: Path) -> DataConfig:
     held_out = SourceConfig("held out", str(tiny / "pairs-*.tar"), kind="pairs", max_images=4)
     training = data_config()
-    return dataclasses.replace(training, sources=training.sources[:1], validation=[held_out], validation_packs=20)
+    sources = training.sources[:1]
+    return dataclasses.replace(training, sources=sources, validation=[held_out], validation_packs=20, augment=False)
 
 
 def test_the_set_is_the_same_each_time(config: DataConfig) -> None:

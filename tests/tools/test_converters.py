@@ -67,6 +67,18 @@ def test_obelics_from_a_store(tmp_path: Path, capsys: Capture) -> None:
     assert decoded(members["000.jpg"]).size == (300, 200)
 
 
+def test_an_outage_is_not_written_down_as_lost_images(tmp_path: Path, capsys: Capture) -> None:
+    rows = [obelics_row(["one", None], [None, f"http://127.0.0.1:9/{number}.jpg"]) for number in range(20)]
+    write_parquet(tmp_path / "in" / "train-00000.parquet", rows, "obelics")
+    http = ("--fetcher", "http", "--retries", "0", "--allow-private")
+    options = ("--input", tmp_path / "in", "--out", tmp_path / "out", *http, *QUIET)
+    done = call(from_obelics.main, capsys, *options)
+    assert done.code == 2 and "20 of 20 images could not be reached (connection 20); check the network" in done.err
+    assert not summary(tmp_path / "out")["complete"] and summary(tmp_path / "out")["parts"] == 0
+    done = call(from_obelics.main, capsys, *options, "--max-unreachable", "1")
+    assert done.code == 0 and summary(tmp_path / "out")["images"]["lost"] == {"connection": 20}
+
+
 def test_img2dataset(tmp_path: Path, capsys: Capture) -> None:
     write_tar(tmp_path / "in" / "00000.tar", laion_members("000000000"), {"count": 2, "successes": 1})
     write_tar(tmp_path / "in" / "00003.tar", laion_members("000030000", 1), {"count": 1, "successes": 1})
@@ -168,6 +180,7 @@ def test_help_has_examples(tool: object, capsys: Capture) -> None:
         (from_pmd.main, ["--input", "none", "--store-index", "a.jsonl"], "needs --store"),
         (from_pmd.main, ["--input", "*.parquet"], "holds no file of the kind .parquet"),
         (from_pmd.main, ["--input", "none", "--fetcher", "a:b", "--fetcher-option", "x"], "is not NAME=VALUE"),
+        (from_pmd.main, ["--input", "none", "--max-unreachable", "2"], "'2' is not a share from 0 to 1"),
         (from_documents.main, ["--input", "none", "--images", "none"], "--images none is no folder"),
         (from_img2dataset.main, ["--input", "text.txt"], "input text.txt is no file of the kind .tar"),
         (from_img2dataset.main, ["--input", "1.tar"], "no 1_stats.json"),

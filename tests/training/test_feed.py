@@ -113,21 +113,25 @@ def test_what_one_rank_cannot_read_all_ranks_raise(data: Path) -> None:
     assert run_distributed(fail, 2, str(data)) == ["the disk of rank 1, at 4"] * 2
 
 
-def agree(rank: int, world_size: int) -> tuple[list[int], str]:
+def agree(rank: int, world_size: int) -> tuple[list[int], list[str]]:
     from megatron_atum.parallel.agreement import largest_codes
 
     config = load_config(None, ["model.preset=tiny", "training.global_batch_size=3"])
     groups = build_groups(ParallelLayout.from_config(config, world_size))
     none = torch.zeros(3, dtype=torch.uint8)
     mine = torch.tensor([2, 0, 0] if rank == 0 else [1, 0, 4], dtype=torch.uint8)
-    assert largest_codes(none, None, groups.host).tolist() == [0, 0, 0]
-    largest = largest_codes(mine if rank < 2 else none, None, groups.host).tolist()
-    try:
-        largest_codes(none[:0] if rank == 1 else none, DataError("here") if rank == 1 else None, groups.host)
-    except DataError as error:
-        return largest, str(error)
-    return largest, ""
+    assert largest_codes(-7, none, None, groups.host).tolist() == [0, 0, 0]
+    largest = largest_codes(7, mine if rank < 2 else none, None, groups.host).tolist()
+    said = []
+    for plan, error in ((0 if rank == 1 else 9, DataError("here") if rank == 1 else None), (2**62 - rank, None)):
+        try:
+            largest_codes(plan, none[:0] if error else none, error, groups.host)
+        except DataError as problem:
+            said.append(str(problem))
+    return largest, said
 
 
-def test_codes_and_errors_are_agreed_on() -> None:
-    assert run_distributed(agree, 3) == [([2, 0, 4], "here")] * 3
+def test_codes_errors_and_plans_are_agreed_on() -> None:
+    for largest, said in run_distributed(agree, 3):
+        assert largest == [2, 0, 4]
+        assert said[0] == "here" and said[1].startswith("ranks plan different rows")

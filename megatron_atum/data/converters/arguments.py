@@ -52,6 +52,8 @@ def add_fetch_options(parser: argparse.ArgumentParser) -> None:
     add("--connect-timeout", type=_positive, default=http.connect_timeout, help="seconds (%(default)s)")
     add("--retries", type=_at_least(0), default=http.retries, help="after errors that may pass (%(default)s)")
     add("--per-host", type=_at_least(1), default=http.per_host, help="requests to a host per process (%(default)s)")
+    help_text = "share of a file's URLs that may fail for want of network (%(default)s)"
+    add("--max-unreachable", type=_share, default=Conversion.max_unreachable, help=help_text)
     add("--user-agent", default=http.user_agent, help="how the requests name themselves (%(default)s)")
     add("--allow-private", action="store_true", help="fetch from private addresses too, such as a mirror of your own")
 
@@ -82,6 +84,7 @@ def run(options: argparse.Namespace, source: Source, fetch: FetchSpec | None = N
         options.shard_bytes,
         options.threads,
         decoders=max(2, _cores() // max(1, options.workers)),
+        max_unreachable=getattr(options, "max_unreachable", 1.0),  # not among the options of what has no URLs
     )
     try:
         convert(conversion, options.input, options.workers, options.quiet)
@@ -126,6 +129,13 @@ def _positive(text: str) -> float:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return float(value)
+
+
+def _share(text: str) -> float:
+    value = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return value
 
 
 def _cores() -> int:

@@ -26,12 +26,13 @@ from megatron_atum.data.converters.counts import IN_DROPPED_SAMPLE, Counts
 from megatron_atum.data.converters.drafts import Draft, Dropped, ImageSource, Lost, Source, found_bytes
 from megatron_atum.data.converters.fetch import Fetcher, FetchSpec, make_fetcher
 from megatron_atum.data.converters.parts import Part, find_parts
+from megatron_atum.data.converters.reach import Reach
 from megatron_atum.data.converters.reencode import ImageLimits, ImageProblem, reencode
 from megatron_atum.data.converters.workers import Failed, Message, Progress, Report, run_parts
 from megatron_atum.data.shards import DocumentRecord, PairRecord, write_shard
 from megatron_atum.errors import DataError
 
-VERSION = 1
+VERSION = 2
 SUMMARY = "conversion.json"
 AHEAD = 16  # images on their way per thread: one slow server must not hold up the others
 REPORT_S = 1.0
@@ -51,6 +52,7 @@ class Conversion:
     shard_bytes: int = 2**30
     threads: int = 32  # that fetch
     decoders: int = 2  # images decoded at a time: those are large
+    max_unreachable: float = 0.5  # of a part's URLs; a part with more is not finished
 
     def options(self) -> dict[str, Any]:
         """By their names on the command line."""
@@ -132,10 +134,11 @@ class PartConverter:
         if self._fetcher is None:
             self._fetcher = make_fetcher(self._conversion.fetch)
         _remove_leftovers(self._conversion, part)
-        counts = Counts()
-        records = _records(self._conversion, part, self._fetcher, counts, report)
+        counts, reach, found = Counts(), Reach(), part.fingerprint()
+        records = _records(self._conversion, part, self._fetcher, counts, reach, report)
         try:
             shards = list(_write_shards(self._conversion, part, records))
+            reach.check(part.path, self._conversion.max_unreachable)
         except DataError:
             _remove_leftovers(self._conversion, part)  # half a part would look like data
             raise
@@ -143,7 +146,7 @@ class PartConverter:
             records.close()
         record = {
             "version": VERSION,
-            "input": {"name": os.path.basename(part.path), "bytes": part.size},
+            "input": {"name": os.path.basename(part.path), **found},
             "options": self._conversion.options(),
             "shards": shards,
             **counts.to_json(),
@@ -152,7 +155,7 @@ class PartConverter:
 
 
 def _records(
-    conversion: Conversion, part: Part, fetcher: Fetcher | None, counts: Counts, report: Report
+    conversion: Conversion, part: Part, fetcher: Fetcher | None, counts: Counts, reach: Reach, report: Report
 ) -> Generator[Record, None, None]:
     """Finished samples in the order of the input, while images of later ones are on their way."""
     pool = ThreadPoolExecutor(conversion.threads)
@@ -169,12 +172,12 @@ def _records(
             ahead += len(futures) + 1
             while ahead > AHEAD * conversion.threads:
                 ahead -= len(coming[0][1]) + 1
-                yield from _finished(*coming.popleft(), counts)
+                yield from _finished(*coming.popleft(), counts, reach)
             if time.monotonic() > reported + REPORT_S:
                 report(counts)
                 reported = time.monotonic()
         while coming:
-            yield from _finished(*coming.popleft(), counts)
+            yield from _finished(*coming.popleft(), counts, reach)
         report(counts)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -197,8 +200,9 @@ class _Images:
             return Lost(problem.reason)
 
 
-def _finished(draft: Draft, futures: list[Future[bytes | Lost]], counts: Counts) -> Iterator[Record]:
+def _finished(draft: Draft, futures: list[Future[bytes | Lost]], counts: Counts, reach: Reach) -> Iterator[Record]:
     images = [future.result() for future in futures]
+    reach.add(draft.sources(), images)
     had = sum(isinstance(image, bytes) for image in images)
     counts.images_lost.update(image.reason for image in images if isinstance(image, Lost))
     record = draft.finish(images)
@@ -254,11 +258,12 @@ def _is_done(conversion: Conversion, part: Part) -> bool:
     record = _read_json(path)
     if record is None:
         return False
-    _check_options(path, record["options"], conversion)
-    if record["input"]["bytes"] != part.size:
+    _check_options(path, record, conversion)
+    changed = [name for name, value in part.fingerprint().items() if record["input"].get(name) != value]
+    if changed:
         raise DataError(
-            f"{part.path} has {part.size} bytes, but {path} was made of {record['input']['bytes']}; "
-            "restore it, or remove that file to convert it anew"
+            f"{part.path} changed ({', '.join(changed)}) since {path} was made of it; restore it, or remove that file "
+            "to convert it anew"
         )
     shards = [(os.path.join(conversion.out, shard["name"]), shard["bytes"]) for shard in record["shards"]]
     return all(os.path.isfile(shard) and os.path.getsize(shard) == size for shard, size in shards)
@@ -277,7 +282,7 @@ def _check_summary(conversion: Conversion) -> None:
     path = os.path.join(conversion.out, SUMMARY)
     summary = _read_json(path)
     if summary is not None:
-        _check_options(path, summary["options"], conversion)
+        _check_options(path, summary, conversion)
         return
     others = [name for name in os.listdir(conversion.out) if not name.startswith(SUMMARY)]
     if others:
@@ -285,8 +290,10 @@ def _check_summary(conversion: Conversion) -> None:
     _write_json(path, {"version": VERSION, "complete": False, "options": conversion.options()})
 
 
-def _check_options(path: str, before: dict[str, Any], conversion: Conversion) -> None:
-    now = conversion.options()
+def _check_options(path: str, record: dict[str, Any], conversion: Conversion) -> None:
+    if record.get("version") != VERSION:
+        raise DataError(f"{path} was made by another version of the converters; use another --out")
+    before, now = record["options"], conversion.options()
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differing:
         what = ", ".join(f"{name} {before.get(name)!r} (now {now.get(name)!r})" for name in differing)

@@ -30,6 +30,9 @@ CHUNK = 65536  # bytes of one read
 MAX_REDIRECTS = 5
 MAX_WAIT = 30.0  # seconds: a server that asks for more is not asked again
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+# Not public, whatever Python's tables say: of protocols (their relays among them), and documentation.
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20")))
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is handed out
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex"})  # of the header X-Robots-Tag
 
 
@@ -213,10 +216,21 @@ def _host(url: str) -> str:
 
 
 def _is_public(address: str) -> bool:
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped:
-        found = found.ipv4_mapped
-    return found.is_global and not found.is_multicast
+    found = _unwrapped(ipaddress.ip_address(address.partition("%")[0]))
+    if isinstance(found, ipaddress.IPv6Address) and found not in GLOBAL_UNICAST:
+        return False
+    return found.is_global and not found.is_multicast and not any(found in network for network in NOT_PUBLIC)
+
+
+def _unwrapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The IPv4 address that an IPv6 address leads to, through a translator or a tunnel; else the address itself."""
+    if isinstance(address, ipaddress.IPv6Address):
+        bits = int(address)
+        if bits >> 32 in (0, 0xFFFF, 0x64FF9B << 64):  # ::a.b.c.d, ::ffff:a.b.c.d, NAT64
+            return ipaddress.IPv4Address(bits & 0xFFFFFFFF)
+        if bits >> 112 == 0x2002:  # 6to4
+            return ipaddress.IPv4Address(bits >> 80 & 0xFFFFFFFF)
+    return address
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from megatron_atum.errors import DataError
 
 BLOCK = 512  # bytes of a tar block
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+SAMPLE_DIGITS = 4  # of img2dataset's keys with the usual 10,000 samples a tar
 MAX_MEMBER = 256 * 2**20  # bytes; a larger one is no image, caption or json
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Of the image as img2dataset stored it, or said elsewhere.
@@ -119,8 +120,12 @@ def _draft(part: Part, name: str, members: dict[str, bytes], keys: set[str]) -> 
 
 
 def _unique(part: str, key: str) -> str:
-    """img2dataset's own key, which begins with the number of its tar. Any other could be there in another tar too."""
-    return key if key.startswith(part) else f"{part}-{key}"
+    """A key that no other part can have: img2dataset's own if its last four digits follow the number of the tar.
+
+    Otherwise PART+KEY, since neither a part's name nor a key has a plus.
+    """
+    own = key[:-SAMPLE_DIGITS] == part and (key.isascii() and key.isdecimal())
+    return key if own else f"{part}+{key}"
 
 
 def _caption(members: dict[str, bytes], facts: dict[str, Any]) -> str | Dropped:

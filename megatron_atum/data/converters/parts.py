@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_atum.errors import DataError
+
+END = 64 << 10  # bytes of each end of a file that its fingerprint is made of
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,20 @@ class Part:
 
     def key(self, row: int) -> str:
         return f"{self.name}-{row:07d}"
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What tells this file from a changed one: its size and the sha256 of its first and last 64 KiB.
+
+        A moved or copied file has the same, which times would not give. Raises DataError when it cannot be read.
+        """
+        try:
+            with open(self.path, "rb") as stream:
+                first = stream.read(END)
+                stream.seek(max(0, self.size - END))
+                last = stream.read(END)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read ({error}); restore it or correct its permissions") from error
+        return {"bytes": self.size, "ends_sha256": hashlib.sha256(first + last).hexdigest()}
 
 
 def find_parts(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[Part]:

@@ -26,6 +26,19 @@ class Made:
         return jpeg(number, 40 + number % 7)
 
 
+class Offline(Made):
+    """A network that is away while the file `switch` is there: every URL with `here` fails in one of these ways."""
+
+    def __init__(self, switch: str, reasons: str) -> None:
+        super().__init__()
+        self.switch, self.reasons = Path(switch), reasons.split()
+
+    def fetch(self, url: str) -> bytes:
+        if self.switch.exists() and "here" in url:
+            raise FetchProblem(self.reasons[hashlib.sha256(url.encode()).digest()[0] % len(self.reasons)])
+        return super().fetch(url)
+
+
 class Dying:
     def fetch(self, url: str) -> bytes:
         os._exit(7)

@@ -19,13 +19,15 @@ import webdataset
 from megatron_atum.data.converters import convert as driver
 from megatron_atum.data.converters.convert import AHEAD, Conversion, convert
 from megatron_atum.data.converters.counts import Counts
+from megatron_atum.data.converters.drafts import Lost, Url
 from megatron_atum.data.converters.fetch import FetchSpec
 from megatron_atum.data.converters.obelics import Obelics
+from megatron_atum.data.converters.reach import Reach
 from megatron_atum.data.converters.reencode import ImageLimits
 from megatron_atum.data.text import Image, parse_sample
 from megatron_atum.errors import DataError
 from tests.data.converters.fetchers import Counting
-from tests.data.converters.files import Row, obelics_row, write_parquet
+from tests.data.converters.files import Row, jpeg, obelics_row, write_parquet
 from tests.distributed import _server
 
 Change = Callable[[Path], Any]
@@ -152,7 +154,7 @@ def test_images_are_fetched_ahead_but_not_without_bound(folder: Path) -> None:
     conversion, counts = made(folder, fetcher="Counting"), Counts()
     Counting.asked = 0
     part = driver.find_parts([str(path)], (".parquet",))[0]
-    records = driver._records(conversion, part, Counting(), counts, lambda counts: None)
+    records = driver._records(conversion, part, Counting(), counts, Reach(), lambda counts: None)
     next(records)
     time.sleep(0.2)
     assert 2 < Counting.asked <= AHEAD * conversion.threads
@@ -278,8 +280,89 @@ def test_other_settings_are_refused_and_named(folder: Path) -> None:
 def test_an_input_that_changed_is_refused_and_named(folder: Path) -> None:
     start(made(folder), folder)
     write_parquet(folder / "in" / "train-00001.parquet", rows(1)[:-1], "obelics")
-    with pytest.raises(DataError, match=r"in/train-00001\.parquet has \d+ bytes, but"):
+    with pytest.raises(DataError, match=r"in/train-00001\.parquet changed \(bytes, ends_sha256\) since"):
         start(made(folder), folder)
+
+
+def test_an_input_that_changed_at_the_same_size_is_refused(folder: Path) -> None:
+    start(made(folder), folder)
+    path = folder / "in" / "train-00001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"text 0", b"TEXT 0"))
+    assert path.read_bytes() != content
+    with pytest.raises(DataError, match=r"in/train-00001\.parquet changed \(ends_sha256\) since"):
+        start(made(folder), folder)
+
+
+def test_an_input_folder_that_was_copied_is_known_again(folder: Path) -> None:
+    start(made(folder), folder)
+    times = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("train*")}
+    (folder / "in").rename(folder / "old")
+    for path in (folder / "old").iterdir():
+        (folder / "in").mkdir(exist_ok=True)
+        (folder / "in" / path.name).write_bytes(path.read_bytes())
+    start(made(folder), folder)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "out").glob("train*")} == times
+
+
+def test_a_folder_of_another_version_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "VERSION", driver.VERSION - 1)
+    start(made(folder), folder)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="made by another version"):
+        start(made(folder), folder)
+
+
+REASONS = "dns connection timeout http_408 http_429 http_500 http_503"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_outage_fails_the_part_and_the_next_call_makes_it_anew(folder: Path, workers: int) -> None:
+    switch = folder / "offline"
+    conversion = made(folder, fetcher="Offline", switch=str(switch), reasons=REASONS)
+    convert(conversion, [str(folder / "in" / "train-00002.parquet")], 0, quiet=True)
+    done = contents(folder / "out")
+    switch.touch()
+    message = r"2 of 3 parts .*train-00000\.parquet: 21 of 24 images could not be reached \(.*\d.*check the network"
+    with pytest.raises(DataError, match=message):
+        start(conversion, folder, workers)
+    found = contents(folder / "out")
+    summary = json.loads(found.pop("conversion.json"))
+    del done["conversion.json"]
+    assert found == done and not summary["complete"] and list(summary["failed"]) == ["train-00000", "train-00001"]
+    switch.unlink()
+    start(conversion, folder, workers)
+    start(replace(conversion, out=str(folder / "whole")), folder)
+    assert contents(folder / "out") == contents(folder / "whole")
+
+
+def test_an_outage_may_be_allowed_later(folder: Path) -> None:
+    switch = folder / "offline"
+    switch.touch()
+    conversion = made(folder, fetcher="Offline", switch=str(switch), reasons=REASONS)
+    with pytest.raises(DataError, match="3 of 3 parts"):
+        start(conversion, folder)
+    assert start(replace(conversion, max_unreachable=0.9), folder).kept == 0
+
+
+def test_lost_images_and_few_images_are_no_outage(folder: Path) -> None:
+    switch = folder / "offline"
+    switch.touch()
+    gone = made(folder, "gone", fetcher="Offline", switch=str(switch), reasons="http_404 http_403 tls http_501x")
+    assert start(gone, folder).kept == 0
+    few = [obelics_row(["a", None], [None, f"http://here.example/{i}"]) for i in range(19)]
+    write_parquet(folder / "few" / "a.parquet", few, "obelics")
+    conversion = made(folder, fetcher="Offline", switch=str(switch), reasons="dns")
+    assert convert(conversion, [str(folder / "few")], 0, quiet=True).images_lost == {"dns": 19}
+
+
+def test_only_images_that_were_asked_for_count_for_an_outage() -> None:
+    reach, urls = Reach(), [Url("http://a.example/1")] * 20
+    reach.add([b"in the file"] * 80, [jpeg()] * 80)
+    reach.add(urls, [Lost("dns")] * 11 + [jpeg()] * 9)
+    with pytest.raises(DataError, match=r"a: 11 of 20 images could not be reached \(dns 11\)"):
+        reach.check("a", 0.5)
+    reach.check("a", 0.55)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

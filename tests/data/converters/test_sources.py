@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 
 from megatron_atum.data.converters.documents import Documents
 from megatron_atum.data.converters.drafts import DocumentDraft, Dropped, LocalFile, Lost, PairDraft, Url
-from megatron_atum.data.converters.img2dataset import Img2dataset
+from megatron_atum.data.converters.img2dataset import Img2dataset, _unique
 from megatron_atum.data.converters.obelics import Obelics
-from megatron_atum.data.converters.parts import Part, find_parts
+from megatron_atum.data.converters.parts import END, Part, find_parts
 from megatron_atum.data.converters.pmd import Pmd
 from megatron_atum.errors import DataError
 from tests.data.converters.files import (
@@ -167,7 +168,17 @@ def test_img2dataset_without_txt_or_json(tmp_path: Path) -> None:
     first, second = Img2dataset().read(part)
     assert isinstance(first, PairDraft) and first.text == "a picture"
     # A key that does not begin with the number of its tar may be there in another one as well.
-    assert second == PairDraft("00007-other", jpeg(), "words", None)
+    assert second == PairDraft("00007+other", jpeg(), "words", None)
+
+
+def test_img2dataset_keys_of_different_parts_differ() -> None:
+    parts = ["1", "11", "00001", "000011", "a", "ab", "a-b", "a-", "x-1", "x"]
+    keys = ["1", "11", "112", "000010", "00001000", "000010000", "000011000", "0000110000", "100001", "110001"]
+    keys += ["abx", "b-c", "c", "b", "1-1", "a", "\u0661\u0661\u0661\u0661\u0661"]
+    made = [_unique(part, key) for part in parts for key in keys]
+    assert len(set(made)) == len(parts) * len(keys)
+    kept = {(part, key) for part in parts for key in keys if _unique(part, key) == key}
+    assert kept == {("00001", "000010000"), ("00001", "000011000"), ("000011", "0000110000"), ("11", "110001")}
 
 
 def test_img2dataset_drops_by_reason(tmp_path: Path) -> None:
@@ -230,6 +241,26 @@ def test_what_is_no_tar_is_an_error(tmp_path: Path, content: bytes) -> None:
 
 
 # Parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_tells_a_changed_file_but_not_a_moved_one(tmp_path: Path) -> None:
+    content = bytearray(jpeg(seed=3) * 500)
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(content)
+    other.write_bytes(content)
+    os.utime(other, (1, 1))
+    assert len(content) > 3 * END and part_of(path).fingerprint() == part_of(other).fingerprint()
+    for place in (0, END - 1, -1, -END):
+        changed = content.copy()
+        changed[place] ^= 1
+        other.write_bytes(changed)
+        assert part_of(path).fingerprint() != part_of(other).fingerprint()
+    other.write_bytes(b"")
+    part = part_of(other)
+    assert part.fingerprint()["bytes"] == 0
+    other.unlink()
+    with pytest.raises(DataError, match=r"b cannot be read .*restore it"):
+        part.fingerprint()
 
 
 def test_parts_are_named_after_the_folder_or_glob_given(tmp_path: Path) -> None:
