@@ -17,7 +17,7 @@ from megatron_atum.config.schema import SourceConfig
 from megatron_atum.data.flags import ALWAYS_MASK, FAULTS, mask_of
 from megatron_atum.data.manifest import Manifest, ShardEntry, dropped, entry_of, read_manifest
 from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path, stored_sidecar
-from megatron_atum.data.storage import MissingFile, Storage, is_remote, list_files
+from megatron_atum.data.storage import ForbiddenFile, MissingFile, Storage, is_remote, list_files
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
 
@@ -109,6 +109,8 @@ class SourceIndex:
         path = sidecar_path(entry.path)
         try:
             sidecar = read_sidecar(path, self._storage)
+        except ForbiddenFile:
+            raise
         except MissingFile as error:
             raise DataError(f"{path} is missing; make it again with tools/data/index.py ({error})") from error
         info = sidecar.info

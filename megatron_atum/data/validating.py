@@ -19,7 +19,7 @@ from megatron_atum.data.manifest import Manifest, ShardEntry, read_manifest
 from megatron_atum.data.processes import in_processes
 from megatron_atum.data.scan import Member, ShardScan, StoredSample
 from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path
-from megatron_atum.data.storage import MissingFile, Storage, folder_of, join, list_files
+from megatron_atum.data.storage import ForbiddenFile, MissingFile, Storage, folder_of, join, list_files
 from megatron_atum.data.text import SampleFault, parse_sample
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
@@ -121,6 +121,8 @@ class _ShardCheck:
         sidecar, faults = self._sidecar(entry)
         try:
             return [*faults, *self._tar(entry, sidecar)]
+        except ForbiddenFile as error:
+            return [*faults, Fault(entry.path, "", "unreadable_shard", str(error))]
         except MissingFile:
             return [*faults, Fault(entry.path, "", "missing_shard")]
         except DataError as error:
@@ -130,6 +132,8 @@ class _ShardCheck:
         """The sidecar if it is the one of the manifest."""
         try:
             sidecar = read_sidecar(sidecar_path(entry.path), self.storage)
+        except ForbiddenFile as error:
+            return None, [Fault(entry.path, "", "damaged_index", str(error))]
         except MissingFile:
             return None, [Fault(entry.path, "", "missing_index")]
         except DataError as error:

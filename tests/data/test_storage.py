@@ -161,7 +161,10 @@ REFUSALS = ["403 AccessDenied", "400 ExpiredToken", "400 InvalidToken", "403 Unk
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_refusal_is_not_waited_for_and_not_taken_for_a_loss(refusal: str, proxy: Proxy, s3: Storage):
     message = r"a\.tar may not be read, access was refused .*check the credentials.*S3 refuses missing files too"
-    for call in (lambda: s3.read(SHARD, 0, 10), lambda: s3.size(SHARD), lambda: s3.exists(SHARD)):
+    proxy.failures = [refusal]
+    with pytest.raises(ForbiddenFile, match=message):
+        s3.read(SHARD, 0, 10)
+    for call in (lambda: s3.size(SHARD), lambda: s3.exists(SHARD)):
         proxy.failures = [refusal] * 3  # at 400, botocore looks for the bucket in other regions
         with pytest.raises(ForbiddenFile, match=message):
             call()

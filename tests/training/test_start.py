@@ -13,7 +13,7 @@ from megatron_atum.checkpoint.draw import Drawn
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.stored import write_weights
 from megatron_atum.config.loader import load_config, preset
-from megatron_atum.errors import CheckpointError, ConfigError
+from megatron_atum.errors import CheckpointError, ConfigError, DataError
 from megatron_atum.training.start import Start, lock_run_folder, prepare_start
 
 ROOT = Path(__file__).parents[2]
@@ -120,3 +120,14 @@ def test_what_cannot_be_started_from(
 def test_weights_of_another_model_are_refused(data: Path, weights: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.norm_eps is 1e-06 there and 1e-05 here"):
         start(data, tmp_path, f"checkpoint.init={weights['atum']}", "model.norm_eps=1e-5")
+
+
+def test_a_shard_that_is_trained_on_is_not_held_out(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy.tar").write_bytes((data / "pairs-00000.tar").read_bytes())
+    held_out = f"data.validation=[{{name: held, shards: '{tmp_path}/copy.tar', kind: pairs}}]"
+    with pytest.raises(
+        DataError, match=r"validation source held: .*copy\.tar is also a shard of training source pairs"
+    ):
+        start(data, tmp_path / "runs", held_out)
+    fine = f"data.validation=[{{name: held, shards: '{data}/documents-*.tar', max_images: 8}}]"
+    assert list(start(data, tmp_path / "runs", fine).validation) == ["held"]

@@ -120,12 +120,11 @@ def _draft(part: Part, name: str, members: dict[str, bytes], keys: set[str]) -> 
 
 
 def _unique(part: str, key: str) -> str:
-    """A key that no other part can have: img2dataset's own if its last four digits follow the number of the tar.
+    """A key that no other part can have: img2dataset's own where it is the name of the part and four more digits.
 
     Otherwise PART+KEY, since neither a part's name nor a key has a plus.
     """
-    own = key[:-SAMPLE_DIGITS] == part and (key.isascii() and key.isdecimal())
-    return key if own else f"{part}+{key}"
+    return key if key[:-SAMPLE_DIGITS] == part else f"{part}+{key}"
 
 
 def _caption(members: dict[str, bytes], facts: dict[str, Any]) -> str | Dropped:

@@ -19,7 +19,6 @@ import webdataset
 from megatron_atum.data.converters import convert as driver
 from megatron_atum.data.converters.convert import AHEAD, Conversion, convert
 from megatron_atum.data.converters.counts import Counts
-from megatron_atum.data.converters.drafts import Lost, Url
 from megatron_atum.data.converters.fetch import FetchSpec
 from megatron_atum.data.converters.obelics import Obelics
 from megatron_atum.data.converters.reach import Reach
@@ -27,7 +26,7 @@ from megatron_atum.data.converters.reencode import ImageLimits
 from megatron_atum.data.text import Image, parse_sample
 from megatron_atum.errors import DataError
 from tests.data.converters.fetchers import Counting
-from tests.data.converters.files import Row, jpeg, obelics_row, write_parquet
+from tests.data.converters.files import Row, obelics_row, write_parquet
 from tests.distributed import _server
 
 Change = Callable[[Path], Any]
@@ -329,7 +328,7 @@ def test_an_outage_fails_the_part_and_the_next_call_makes_it_anew(folder: Path, 
     found = contents(folder / "out")
     summary = json.loads(found.pop("conversion.json"))
     del done["conversion.json"]
-    assert found == done and not summary["complete"] and list(summary["failed"]) == ["train-00000", "train-00001"]
+    assert found == done and not summary["complete"] and sorted(summary["failed"]) == ["train-00000", "train-00001"]
     switch.unlink()
     start(conversion, folder, workers)
     start(replace(conversion, out=str(folder / "whole")), folder)
@@ -354,15 +353,6 @@ def test_lost_images_and_few_images_are_no_outage(folder: Path) -> None:
     write_parquet(folder / "few" / "a.parquet", few, "obelics")
     conversion = made(folder, fetcher="Offline", switch=str(switch), reasons="dns")
     assert convert(conversion, [str(folder / "few")], 0, quiet=True).images_lost == {"dns": 19}
-
-
-def test_only_images_that_were_asked_for_count_for_an_outage() -> None:
-    reach, urls = Reach(), [Url("http://a.example/1")] * 20
-    reach.add([b"in the file"] * 80, [jpeg()] * 80)
-    reach.add(urls, [Lost("dns")] * 11 + [jpeg()] * 9)
-    with pytest.raises(DataError, match=r"a: 11 of 20 images could not be reached \(dns 11\)"):
-        reach.check("a", 0.5)
-    reach.check("a", 0.55)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
