@@ -66,7 +66,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(sys.stderr):
         dataset_file = prepare(data)
-    cpu, began = _cpu_s(), time.perf_counter()
+    cpu = _cpu_s()
     dataset = get_train_dataset(
         dataset_file,
         worker_config=WorkerConfig(rank=0, world_size=1, num_workers=workers),
@@ -75,7 +75,7 @@ def main() -> None:
         shuffle_buffer_size=100,
         max_samples_per_sequence=100,
     )
-    done = 0
+    done, began = 0, time.perf_counter()
     for batch in get_loader(dataset):
         done += sum(len(pixels) for pixels, _ in batch)
         if done >= images:

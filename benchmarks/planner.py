@@ -123,8 +123,8 @@ def write_sidecar(path: str, name: str, first: int, count: int, random: np.rando
     if kind == "documents":
         arrays["flags"][random.random(count) < FILTERED] = mask_of(["only_image_last"])
     size = int(arrays["member_block"][-1]) * 512 + (1 << 20)
-    info = SidecarInfo(SIDECAR_VERSION, kind, TOKENIZER, size, "", "", 0)
     digest = sha256(b"".join(array.data for array in arrays.values())).hexdigest()  # of all arrays but the hole
+    info = SidecarInfo(SIDECAR_VERSION, kind, TOKENIZER, size, "", "", 0, digest)
     hole = int(arrays["first_token"][-1])
     write_safetensors(sidecar_path(path), info, arrays, hole)
     sidecar = Sidecar(info, {**arrays, "ids": np.zeros(0, np.uint16)})

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megatron_atum.batch import Batch, StepData
+from megatron_atum.batch import Batch, StepData, images_per_tensor_rank
 from megatron_atum.config.schema import DataConfig
 from megatron_atum.data.deal import deal
 from megatron_atum.data.faults import FaultCounts, hide_images
@@ -33,6 +34,8 @@ from megatron_atum.data.planner import Pack, Planner
 from megatron_atum.data.storage import Storage
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import AtumError, ConfigError, DataError, DataFailure
+
+PREFETCH = 2  # microbatches that each worker has under way
 
 # Takes a hash of the step's rows, the fault codes of all its images as this rank knows them, and what went wrong here
 # (then without rows and codes); returns the largest of all ranks' codes, or raises on all ranks what went wrong on one.
@@ -129,6 +132,7 @@ class StepLoader:
         self._planned: deque[PlannedStep] = deque()  # steps that are not handed out yet
         self._planner_state = self._planner.state_dict()
         self._stream: Iterator[Built | DataError] | None = None
+        self._most_images = micro_batch_size * max(index.max_images for index in self.indexes)
 
     def next_step(self, agree: Agree = alone) -> StepData:
         """The microbatches of this rank for the next step.
@@ -151,6 +155,8 @@ class StepLoader:
     def start(self) -> None:
         """Starts the workers, so that they read ahead."""
         if self._stream is None:
+            if self._workers and self._builder.ring is None:
+                self._builder.ring = self._make_ring()
             handler = signal.getsignal(signal.SIGCHLD)
             self._stream = iter(self._loader())
             if threading.current_thread() is threading.main_thread():
@@ -187,24 +193,40 @@ class StepLoader:
         """Numbers of this rank's microbatches in a step."""
         return range(self._dp_rank, self._global_batch_size // self._micro_batch_size, self._dp_size)
 
+    @cached_property
+    def _turns(self) -> list[int]:
+        """The same in the order in which workers take turns: to and fro, since the first ones have the most images."""
+        mine, workers = list(self._mine), max(1, self._workers)
+        rounds = [mine[begin : begin + workers] for begin in range(0, len(mine), workers)]
+        return [q for number, turn in enumerate(rounds) for q in (turn[::-1] if number % 2 else turn)]
+
     def _loader(self) -> DataLoader[Any]:
         return DataLoader(
             self._builder,  # type: ignore[arg-type]  # keys are lists of packs
             batch_size=None,
             sampler=self._plan(),
             num_workers=self._workers,
+            prefetch_factor=PREFETCH if self._workers else None,
             collate_fn=_unchanged,
             generator=torch.Generator(),  # else it draws a number from the global generator of the training process
         )
 
-    def _plan(self) -> Iterator[list[Pack]]:
-        """Packs of each microbatch of this rank. Runs in the training process, ahead of what is handed out."""
+    def _make_ring(self) -> Tensor:
+        """A slot for each microbatch that is under way, and one for that which is being taken out."""
+        slots, side = PREFETCH * self._workers + 1, self._builder.image_size
+        most = images_per_tensor_rank(self._most_images, self._builder.share.tensor_size)
+        return torch.empty(slots, most, 3, side, side, dtype=torch.uint8).share_memory_()
+
+    def _plan(self) -> Iterator[tuple[int, list[Pack]]]:
+        """Slot and packs of each microbatch of this rank. Runs in the training process, ahead of what is handed out."""
+        slot = 0
         while True:
             packs = [self._planner.next() for _ in range(self._global_batch_size)]
             step = PlannedStep(deal(packs, self._micro_batch_size), self._planner.state_dict())
             self._planned.append(step)
-            for q in self._mine:
-                yield step.microbatches[q]
+            for q in self._turns:
+                yield slot, step.microbatches[q]
+                slot = (slot + 1) % (PREFETCH * self._workers + 1)
 
     def _collect(self) -> tuple[list[Built], Exception | None]:
         """This rank's microbatches of a step, or why there are none."""
@@ -212,16 +234,16 @@ class StepLoader:
         try:
             self.start()
             assert self._stream is not None
-            for _ in self._mine:
+            for _ in self._turns:
                 one = next(self._stream)
                 if isinstance(one, DataError):
                     return [], one
-                built.append(one)
+                built.append(self._builder.taken(one))  # before its slot is written to again
         except AtumError as error:  # of the planner
             return [], error
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             return [], DataFailure(_told(error))
-        return built, None
+        return [one for _, one in sorted(zip(self._turns, built, strict=True), key=itemgetter(0))], None
 
     def _codes(self, step: PlannedStep, built: list[Built]) -> Tensor:
         """[images of the step] uint8: what this rank found."""

@@ -9,7 +9,7 @@ H, W image size in pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,13 +64,14 @@ class Built:
     looks_ahead: list[bool]  # [b] whether tokens see the next image
     images_per_row: list[int]
     packs: list[tuple[int, int]]  # [b] id and source
-    pixels: Tensor  # [n,3,H,W] uint8; 0 where an image is broken
+    pixels: Tensor | None  # [n,3,H,W] uint8; 0 where an image is broken. None: they lie in the ring
     codes: NDArray[np.uint8]  # [n] 0, or the image's fault: place in IMAGE_FAULTS + 1
+    slot: int = 0  # of the ring
 
 
 @dataclass
 class MicrobatchBuilder:
-    """Builds microbatches. As a map-style dataset its keys are the packs of a microbatch."""
+    """Builds microbatches. As a map-style dataset its keys are a slot of the ring and the packs of a microbatch."""
 
     indexes: Sequence[SourceIndex]
     tokenizer: Tokenizer
@@ -87,17 +88,29 @@ class MicrobatchBuilder:
     pad_token_id: int
 
     def __post_init__(self) -> None:
+        # [slots, most images, 3,H,W] uint8 in shared memory, for workers. Fresh shared memory for each microbatch would
+        # cost a page fault for every 4 KiB, about as much as a tenth of the decoding.
+        self.ring: Tensor | None = None
         self._known: set[tuple[int, int]] = set()  # shards whose size has been compared with their index
 
-    def __getitem__(self, packs: Sequence[Pack]) -> Built | DataError:
+    def __getitem__(self, key: tuple[int, Sequence[Pack]]) -> Built | DataError:
         """A DataError is handed back instead of raised: a worker would wrap it in its traceback."""
+        slot, packs = key
         try:
-            return self.build(packs)
+            if self.ring is None:
+                return self.build(packs)
+            return replace(self.build(packs, self.ring[slot]), pixels=None, slot=slot)
         except DataError as error:
             return error
 
-    def build(self, packs: Sequence[Pack]) -> Built:
-        """Raises DataError: files are missing or are not those of the index."""
+    def build(self, packs: Sequence[Pack], into: Tensor | None = None) -> Built:
+        """
+        Args:
+            into: [n or more,3,H,W] uint8 that pixels are written to.
+
+        Raises:
+            DataError: files are missing or are not those of the index.
+        """
         ids_bS = np.full((len(packs), self.sequence_length), self.pad_token_id, np.int32)
         lengths, places = [], []
         for row, pack in enumerate(packs):
@@ -105,7 +118,11 @@ class MicrobatchBuilder:
             ids_bS[row, : len(ids)] = ids
             lengths.append(len(ids))
             places += self._image_places(pack)
-        pixels_n3HW, codes = self._decode_all(places[self.share.of(len(places))])
+        mine = places[self.share.of(len(places))]
+        if into is None:
+            into = torch.empty(len(mine), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        pixels_n3HW = into[: len(mine)]
+        codes = self._decode_all(mine, pixels_n3HW)
         return Built(
             ids=ids_bS,
             lengths=lengths,
@@ -118,6 +135,7 @@ class MicrobatchBuilder:
 
     def finish(self, built: Built) -> Batch:
         """What the model takes. Runs in the training process: it costs little, and few arrays need to travel."""
+        assert built.pixels is not None
         ids_bS = torch.from_numpy(built.ids).to(torch.int64)
         mask_bS = (torch.arange(self.sequence_length) < torch.tensor(built.lengths)[:, None]).to(torch.int64)
         labels_bS, loss_mask_bS = shift_labels(ids_bS, mask_bS)
@@ -133,6 +151,13 @@ class MicrobatchBuilder:
             source=tuple(self.indexes[source].name for _, source in built.packs),
             pack_ids=torch.tensor([pack_id for pack_id, _ in built.packs], dtype=torch.int64),
         )
+
+    def taken(self, built: Built) -> Built:
+        """With pixels that nobody else writes to."""
+        if built.pixels is not None:
+            return built
+        assert self.ring is not None
+        return replace(built, pixels=self.ring[built.slot, : len(built.codes)].clone())
 
     def _image_index(self, ids_bS: Tensor, looks_ahead: list[bool]) -> Tensor:
         """[b,S] int64. Whether a row looks ahead is drawn for the whole row."""
@@ -172,17 +197,18 @@ class MicrobatchBuilder:
         assert len(found) == pack.images, pack
         return [ImagePlace(pack.source, *where, pack.id, number) for number, where in enumerate(found)]
 
-    def _decode_all(self, places: list[ImagePlace]) -> tuple[Tensor, NDArray[np.uint8]]:
-        """[n,3,H,W] uint8, and [n] codes."""
-        pixels_n3HW = torch.zeros(len(places), 3, self.image_size, self.image_size, dtype=torch.uint8)
+    def _decode_all(self, places: list[ImagePlace], pixels_n3HW: Tensor) -> NDArray[np.uint8]:
+        """Fills the pixels. Returns [n] codes."""
         codes = np.zeros(len(places), np.uint8)
+        out = pixels_n3HW.numpy()
         for number, place in enumerate(places):
             try:
                 # Channels first already here: the training process would have to do it otherwise.
-                pixels_n3HW.numpy()[number] = self._decode(place).transpose(2, 0, 1)
+                out[number] = self._decode(place).transpose(2, 0, 1)
             except ImageFault as fault:
+                out[number] = 0
                 codes[number] = IMAGE_FAULTS.index(fault.reason) + 1
-        return pixels_n3HW, codes
+        return codes
 
     def _decode(self, place: ImagePlace) -> NDArray[np.uint8]:
         """[H,W,3] uint8. Raises ImageFault, or DataError when the shard is at fault."""

@@ -4,8 +4,9 @@
     python tools/data/index.py 'shards/laion/*.tar' --kind pairs --tokenizer idefics-9b/tokenizer.model --workers 32
     python tools/data/index.py s3://bucket/pmd/ --kind pairs --tokenizer idefics-9b --no-sha256
 
-A sidecar (SHARD.index.safetensors) holds the token ids of a shard, where its images lie, and why samples are dropped; the
-manifest (manifest.json, written last) is what a source's `shards` names. Stopped at any time, the same command goes on.
+A sidecar (SHARD.index.safetensors) holds the token ids of a shard, where its images lie, and why samples are dropped;
+the manifest (manifest.json, written last) is what a source's `shards` names. Stopped at any time, the same command
+goes on.
 
 A shard that is cut off counts with its complete samples, and a line says so. With shards that cannot be read at all,
 or keys that several shards have, no manifest is written.
