@@ -49,11 +49,12 @@ def test_small_run_ends_with_one_json_object(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["wikipedia", "laion"])
 def test_its_sidecars_are_those_of_the_index(tmp_path: Path, benchmark: ModuleType, name: str) -> None:
-    """Byte for byte but for what the file system does not store; token ids are zeros."""
+    """Byte for byte; but token ids are zeros that take no room on the disk, and the hash leaves them out."""
     path = str(tmp_path / "0.tar")
     entry = benchmark.write_sidecar(path, name, 500, 300, np.random.default_rng(0))
     sidecar = read_sidecar(sidecar_path(path), Storage())
-    assert sidecar.to_bytes() == Path(sidecar_path(path)).read_bytes()
+    written = Path(sidecar_path(path)).read_bytes()
+    assert sidecar.to_bytes() == written.replace(entry.index_sha256.encode(), sidecar.digest().encode())
     assert len(sidecar) == entry.samples == 300 and sidecar.key(7) == "000000507"
     assert sidecar.tokens.sum() == len(sidecar.ids) and not sidecar.ids.any()
     assert sidecar.images.sum() == len(sidecar.image_position) == sum(numbers[2] for numbers in entry.usage.values())
