@@ -35,7 +35,7 @@ from megatron_atum.data.storage import Storage
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import AtumError, ConfigError, DataError, DataFailure
 
-PREFETCH = 2  # microbatches that each worker has under way
+PREFETCH = 4  # microbatches that each worker has under way
 
 # Takes a hash of the step's rows, the fault codes of all its images as this rank knows them, and what went wrong here
 # (then without rows and codes); returns the largest of all ranks' codes, or raises on all ranks what went wrong on one.
