@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from megatron_atum.batch import NO_IMAGE, Batch
 from megatron_atum.data.flags import FAULTS
 from megatron_atum.data.images import IMAGE_FAULTS
 from megatron_atum.data.index import SourceIndex
-from megatron_atum.data.planner import Pack
+from megatron_atum.data.planner import Pack, images_of
 from megatron_atum.errors import DataError
 
 FEW = 1000  # a rate is taken of at least as many: the first broken image of a run must not end it
@@ -149,13 +149,5 @@ def _owner(packs: Sequence[Pack], number: int) -> tuple[Pack, int]:
 
 def _where(index: SourceIndex, pack: Pack, number: int) -> tuple[str, str]:
     """Shard and key of the sample that holds an image of a pack."""
-    cuts: dict[int, Any] = {cut.place: cut for cut in pack.cuts}
-    for place, sample in enumerate(pack.samples):
-        shard, sidecar, row = index.sample(sample)
-        positions = sidecar.image_positions(row)
-        if place in cuts:
-            positions = positions[(positions >= cuts[place].start) & (positions < cuts[place].stop)]
-        if number < len(positions):
-            return index.shards[shard].path, sidecar.key(row)
-        number -= len(positions)
-    raise AssertionError("an image beyond the pack")
+    shard, row, _ = next(islice(images_of(index, pack), number, None))
+    return index.shards[shard].path, index.sidecar(shard).key(row)

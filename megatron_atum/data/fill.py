@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_atum.data.index import SourceIndex
 from megatron_atum.data.packing import fewest_rows
-from megatron_atum.data.pieces import cut_tokens
+from megatron_atum.data.pieces import cut_tokens, images_in
 from megatron_atum.data.planner import Pack
 from megatron_atum.data.rng import Random
 from megatron_atum.data.stream import WINDOW
@@ -69,5 +69,5 @@ def sample_sizes(index: SourceIndex, packs: Iterable[Pack]) -> Iterator[tuple[in
                 continue
             cut = cuts[place]
             positions = sidecar.image_positions(row)
-            images = int(((positions >= cut.start) & (positions < cut.stop)).sum())
+            images = len(images_in(positions, cut.start, cut.stop))
             yield cut_tokens(cut.start, cut.stop, int(sidecar.sample_ids(row)[cut.start])), images

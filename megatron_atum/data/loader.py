@@ -27,7 +27,7 @@ from megatron_atum.batch import Batch, StepData, images_per_tensor_rank
 from megatron_atum.config.schema import DataConfig
 from megatron_atum.data.deal import deal
 from megatron_atum.data.faults import FaultCounts, hide_images
-from megatron_atum.data.index import SourceIndex, open_source
+from megatron_atum.data.index import open_source
 from megatron_atum.data.microbatch import Built, ImageShare, MicrobatchBuilder
 from megatron_atum.data.mixture import shares
 from megatron_atum.data.planner import Pack, Planner
@@ -121,7 +121,7 @@ class StepLoader:
         length = data_config.sequence_length
         self._planner = Planner(self.indexes, self.shares, length, seed, data_config.shuffle_samples)
         share = ImageShare(encodes_images, tensor_rank, tensor_size)
-        self._builder = builder_for(
+        self._builder = MicrobatchBuilder(
             data_config, self.indexes, self.tokenizer, image_size, seed, share, storage, pad_token_id
         )
         # Token ids are copied from maps: too little work for a process of its own.
@@ -219,14 +219,14 @@ class StepLoader:
 
     def _plan(self) -> Iterator[tuple[int, list[Pack]]]:
         """Slot and packs of each microbatch of this rank. Runs in the training process, ahead of what is handed out."""
-        slot = 0
+        slot, slots = 0, 1 if self._builder.ring is None else len(self._builder.ring)
         while True:
             packs = [self._planner.next() for _ in range(self._global_batch_size)]
             step = PlannedStep(deal(packs, self._micro_batch_size), self._planner.state_dict())
             self._planned.append(step)
             for q in self._turns:
                 yield slot, step.microbatches[q]
-                slot = (slot + 1) % (PREFETCH * self._workers + 1)
+                slot = (slot + 1) % slots
 
     def _collect(self) -> tuple[list[Built], Exception | None]:
         """This rank's microbatches of a step, or why there are none."""
@@ -261,34 +261,6 @@ class StepLoader:
     def _dropped_by_length(self) -> dict[str, dict[str, int]]:
         positions = self._planner_state["sources"]
         return {index.name: dict(positions[index.name][1][-1]) for index in self.indexes}
-
-
-def builder_for(
-    data_config: DataConfig,
-    indexes: list[SourceIndex],
-    tokenizer: Tokenizer,
-    image_size: int,
-    seed: int,
-    share: ImageShare,
-    storage: Storage,
-    pad_token_id: int,
-) -> MicrobatchBuilder:
-    """The builder a configuration asks for."""
-    return MicrobatchBuilder(
-        indexes=indexes,
-        tokenizer=tokenizer,
-        sequence_length=data_config.sequence_length,
-        image_size=image_size,
-        seed=seed,
-        share=share,
-        storage=storage,
-        augment=data_config.augment,
-        draft=data_config.draft,
-        p_next=data_config.p_next,
-        image_at_end=data_config.image_at_end,
-        skip_missing=data_config.on_missing_shard == "skip",
-        pad_token_id=pad_token_id,
-    )
 
 
 def load_tokenizer(data_config: DataConfig, vocab_size: int) -> Tokenizer:

@@ -8,7 +8,7 @@ H, W image size in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_atum.batch import Batch, image_slice, position_ids_from_mask, shift_labels
+from megatron_atum.config.schema import DataConfig
 from megatron_atum.data.image_attention import next_image_index, previous_image_index
 from megatron_atum.data.images import IMAGE_FAULTS, ImageFault, decode_image, eval_pixels, train_pixels
 from megatron_atum.data.index import SourceIndex
 from megatron_atum.data.pieces import cut_tokens
-from megatron_atum.data.planner import Pack
+from megatron_atum.data.planner import Pack, images_of
 from megatron_atum.data.rng import Random
 from megatron_atum.data.scan import Member
 from megatron_atum.data.storage import ForbiddenFile, MissingFile, Storage
@@ -73,18 +74,13 @@ class Built:
 class MicrobatchBuilder:
     """Builds microbatches. As a map-style dataset its keys are a slot of the ring and the packs of a microbatch."""
 
+    config: DataConfig
     indexes: Sequence[SourceIndex]
     tokenizer: Tokenizer
-    sequence_length: int
     image_size: int
     seed: int
     share: ImageShare
     storage: Storage
-    augment: bool
-    draft: bool
-    p_next: float
-    image_at_end: float
-    skip_missing: bool
     pad_token_id: int
 
     def __post_init__(self) -> None:
@@ -111,7 +107,7 @@ class MicrobatchBuilder:
         Raises:
             DataError: files are missing or are not those of the index.
         """
-        ids_bS = np.full((len(packs), self.sequence_length), self.pad_token_id, np.int32)
+        ids_bS = np.full((len(packs), self.config.sequence_length), self.pad_token_id, np.int32)
         lengths, places = [], []
         for row, pack in enumerate(packs):
             ids = np.concatenate([self._sample_ids(pack, place) for place in range(len(pack.samples))])
@@ -126,7 +122,7 @@ class MicrobatchBuilder:
         return Built(
             ids=ids_bS,
             lengths=lengths,
-            looks_ahead=[self._drawn(self.p_next, "p_next", pack.id) for pack in packs],
+            looks_ahead=[self._drawn(self.config.p_next, "p_next", pack.id) for pack in packs],
             images_per_row=[pack.images for pack in packs],
             packs=[(pack.id, pack.source) for pack in packs],
             pixels=pixels_n3HW,
@@ -137,7 +133,7 @@ class MicrobatchBuilder:
         """What the model takes. Runs in the training process: it costs little, and few arrays need to travel."""
         assert built.pixels is not None
         ids_bS = torch.from_numpy(built.ids).to(torch.int64)
-        mask_bS = (torch.arange(self.sequence_length) < torch.tensor(built.lengths)[:, None]).to(torch.int64)
+        mask_bS = (torch.arange(self.config.sequence_length) < torch.tensor(built.lengths)[:, None]).to(torch.int64)
         labels_bS, loss_mask_bS = shift_labels(ids_bS, mask_bS)
         return Batch(
             input_ids=ids_bS,
@@ -176,7 +172,7 @@ class MicrobatchBuilder:
                 ids = ids[cut.start : cut.stop]
                 whole = cut_tokens(cut.start, cut.stop, int(ids[0])) == len(ids)
                 return ids if whole else np.concatenate([[self.tokenizer.bos_id], ids])
-        if index.kind == "pairs" and self._drawn(self.image_at_end, "image_at_end", pack.id, place):
+        if index.kind == "pairs" and self._drawn(self.config.image_at_end, "image_at_end", pack.id, place):
             return np.concatenate([ids[:1], ids[4:-1], ids[1:4], ids[-1:]])  # <s> FAKE IMG FAKE caption </s>
         return ids
 
@@ -185,15 +181,11 @@ class MicrobatchBuilder:
 
     def _image_places(self, pack: Pack) -> list[ImagePlace]:
         """The images of a pack in the order of its <image> tokens."""
-        found = []
-        index, cuts = self.indexes[pack.source], {cut.place: cut for cut in pack.cuts}
-        for place, sample in enumerate(pack.samples):
-            shard, sidecar, row = index.sample(sample)
-            members = sidecar.image_members(row)
-            if place in cuts:
-                first, last = np.searchsorted(sidecar.image_positions(row), cuts[place][1:])
-                members = members[first:last]
-            found += [(shard, row, member) for member in members]
+        index = self.indexes[pack.source]
+        found = [
+            (shard, row, index.sidecar(shard).image_member(row, number))
+            for shard, row, number in images_of(index, pack)
+        ]
         assert len(found) == pack.images, pack
         return [ImagePlace(pack.source, *where, pack.id, number) for number, where in enumerate(found)]
 
@@ -216,11 +208,11 @@ class MicrobatchBuilder:
             self._check_shard(place)
             data = self.storage.read(self.indexes[place.source].shards[place.shard].path, *place.member)
         except MissingFile as error:
-            if self.skip_missing and not isinstance(error, ForbiddenFile):
+            if self.config.on_missing_shard == "skip" and not isinstance(error, ForbiddenFile):
                 raise ImageFault("missing_shard", str(error)) from error
             raise DataError(f"{error}. Restore the shard, or say data.on_missing_shard=skip") from error
-        image = decode_image(data, DRAFT * self.image_size if self.draft else 0)
-        if not self.augment:
+        image = decode_image(data, DRAFT * self.image_size if self.config.draft else 0)
+        if not self.config.augment:
             return eval_pixels(image, self.image_size)
         return train_pixels(image, self.image_size, Random(self.seed, "crop", place.pack_id, place.number))
 
@@ -236,12 +228,3 @@ class MicrobatchBuilder:
                 "tools/data/index.py again"
             )
         self._known.add((place.source, place.shard))
-
-
-def describe(indexes: Sequence[SourceIndex], packs: Sequence[Pack]) -> Iterator[tuple[str, str, str]]:
-    """Source, shard and key of each sample of some packs."""
-    for pack in packs:
-        index = indexes[pack.source]
-        for sample in pack.samples:
-            shard, sidecar, row = index.sample(sample)
-            yield index.name, index.shards[shard].path, sidecar.key(row)

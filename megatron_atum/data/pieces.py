@@ -53,6 +53,12 @@ def draw_piece(tokens: int, images_p: NDArray[Any], row_tokens: int, row_images:
     return Piece(start, max(stop, start + 1), int(last - first))
 
 
+def images_in(images_p: NDArray[Any], start: int, stop: int) -> range:
+    """Numbers of the images whose <image> token lies within a piece."""
+    first, last = np.searchsorted(images_p, [start, stop])
+    return range(int(first), int(last))
+
+
 def start_scores(tokens: int, images_p: NDArray[Any], row_tokens: int) -> NDArray[np.float64]:
     """[tokens] How likely a piece begins at each token: never within an image."""
     steps = np.zeros(tokens + 1)

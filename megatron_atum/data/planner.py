@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_atum.data.index import SourceIndex
+from megatron_atum.data.pieces import images_in
 from megatron_atum.data.stream import Cut, SourceStream
 from megatron_atum.errors import DataError
 
@@ -29,6 +30,16 @@ class Pack:
     tokens: int
     images: int
     cuts: tuple[Cut, ...] = ()
+
+
+def images_of(index: SourceIndex, pack: Pack) -> Iterator[tuple[int, int, int]]:
+    """Shard, row and number within its sample of each image of a pack, in the order of the pack's <image> tokens."""
+    cuts = {cut.place: cut for cut in pack.cuts}
+    for place, sample in enumerate(pack.samples):
+        shard, sidecar, row = index.sample(sample)
+        positions = sidecar.image_positions(row)
+        shown = images_in(positions, *cuts[place][1:]) if place in cuts else range(len(positions))
+        yield from ((shard, row, number) for number in shown)
 
 
 class Planner:

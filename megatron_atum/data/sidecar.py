@@ -95,9 +95,11 @@ class Sidecar:
     def text_member(self, row: int) -> Member:
         return self._member(row + int(self.first_image[row]))
 
+    def image_member(self, row: int, number: int) -> Member:
+        return self._member(row + 1 + int(self.first_image[row]) + number)
+
     def image_members(self, row: int) -> list[Member]:
-        first, last = int(self.first_image[row]), int(self.first_image[row + 1])
-        return [self._member(row + 1 + image) for image in range(first, last)]
+        return [self.image_member(row, number) for number in range(len(self.image_positions(row)))]
 
     def _member(self, place: int) -> Member:
         return Member(int(self.arrays["member_block"][place]) * BLOCK, int(self.arrays["member_size"][place]))

@@ -24,6 +24,15 @@ from megatron_atum.data.storage import Storage, list_files
 from megatron_atum.data.tokenizer import Tokenizer
 
 VOCAB_SIZE = 512
+PLACEMENT: dict[str, Any] = {  # of a loader that has everything
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "data_parallel_rank": 0,
+    "data_parallel_size": 1,
+    "tensor_rank": 0,
+    "tensor_size": 1,
+    "encodes_images": True,
+}
 
 
 def document_json(*places: str | None, **changes: Any) -> bytes:
@@ -147,16 +156,6 @@ def data_config(tiny: Path) -> Callable[..., DataConfig]:
 @pytest.fixture
 def make_loader(data_config: Callable[..., DataConfig]) -> Callable[..., StepLoader]:
     def make(config: DataConfig | None = None, **changes: Any) -> StepLoader:
-        values: dict[str, Any] = {
-            "seed": 7,
-            "micro_batch_size": 2,
-            "global_batch_size": 8,
-            "data_parallel_rank": 0,
-            "data_parallel_size": 1,
-            "tensor_rank": 0,
-            "tensor_size": 1,
-            "encodes_images": True,
-        }
-        return StepLoader(config or data_config(), VOCAB_SIZE, 32, **(values | changes))
+        return StepLoader(config or data_config(), VOCAB_SIZE, 32, **({"seed": 7} | PLACEMENT | changes))
 
     return make

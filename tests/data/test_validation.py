@@ -7,30 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_atum.batch import Batch
 from megatron_atum.config.schema import DataConfig, SourceConfig
 from megatron_atum.data.loader import StepLoader
 from megatron_atum.data.validation import ValidationSet, check_held_out, open_validation
 from megatron_atum.errors import DataError
-from tests.data.conftest import VOCAB_SIZE
+from tests.data.conftest import PLACEMENT, VOCAB_SIZE
+from tests.data.test_loader import assert_equal
 
 MakeConfig = Callable[..., DataConfig]
 
 
 def open_sets(config: DataConfig, **changes: Any) -> dict[str, ValidationSet]:
-    placement: dict[str, Any] = {
-        "model_vocab_size": VOCAB_SIZE,
-        "image_size": 32,
-        "micro_batch_size": 2,
-        "global_batch_size": 8,
-        "data_parallel_rank": 0,
-        "data_parallel_size": 1,
-        "tensor_rank": 0,
-        "tensor_size": 1,
-        "encodes_images": True,
-    }
+    placement = {"model_vocab_size": VOCAB_SIZE, "image_size": 32, **PLACEMENT}
     return open_validation(config, **(placement | changes))
 
 
@@ -38,12 +28,10 @@ def batches(found: ValidationSet) -> list[Batch]:
     return [batch for step in found.batches() for batch in step.microbatches]
 
 
-def assert_equal(left: list[Batch], right: list[Batch]) -> None:
+def assert_all_equal(left: list[Batch], right: list[Batch]) -> None:
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        for field in dataclasses.fields(Batch):
-            one, other = getattr(a, field.name), getattr(b, field.name)
-            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
+        assert_equal(a, b)
 
 
 @pytest.fixture
@@ -58,9 +46,9 @@ def test_the_set_is_the_same_each_time(config: DataConfig) -> None:
     found = open_sets(config)["held out"]
     first = batches(found)
     assert len(first) == 3 * 4  # 20 rows, rounded up to three steps of 8, in microbatches of 2
-    assert_equal(first, batches(found))
+    assert_all_equal(first, batches(found))
     other = dataclasses.replace(config, augment=True, p_next=1.0, image_at_end=1.0, workers=2)
-    assert_equal(first, batches(open_sets(other)["held out"]))
+    assert_all_equal(first, batches(open_sets(other)["held out"]))
 
 
 def test_a_set_can_be_left_half_way(config: DataConfig) -> None:
@@ -68,7 +56,7 @@ def test_a_set_can_be_left_half_way(config: DataConfig) -> None:
     whole = batches(found)
     for _ in zip(range(1), found.batches(), strict=False):
         pass
-    assert_equal(whole, batches(found))
+    assert_all_equal(whole, batches(found))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -77,7 +65,7 @@ def test_ranks_share_it(config: DataConfig, size: int) -> None:
         batches(open_sets(config, data_parallel_rank=rank, data_parallel_size=size)["held out"]) for rank in range(size)
     ]
     merged = [batch for together in zip(*parts, strict=True) for batch in together]
-    assert_equal(batches(open_sets(config)["held out"]), merged)
+    assert_all_equal(batches(open_sets(config)["held out"]), merged)
 
 
 def test_the_same_shard_elsewhere_is_not_held_out(

@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 from megatron_atum.data.converters.drafts import Dropped, PairDraft
 from megatron_atum.data.converters.parts import Part
+from megatron_atum.data.scan import BLOCK, IMAGE_SUFFIXES
 from megatron_atum.errors import DataError
 
-BLOCK = 512  # bytes of a tar block
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SAMPLE_DIGITS = 4  # of img2dataset's keys with the usual 10,000 samples a tar
 MAX_MEMBER = 256 * 2**20  # bytes; a larger one is no image, caption or json
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
