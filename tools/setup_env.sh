@@ -96,7 +96,7 @@ log "torch"
 install "$(grep -E '^torch==' constraints.txt)"
 log "everything else in setup.py"
 install "$(grep -E '^setuptools==' constraints.txt)"
-install --no-build-isolation --editable '.[data,demo,dev]'
+install --no-build-isolation --editable '.[data,demo,logging,dev]'
 $venv/bin/python -m pip check
 want >$stamp
 log "$venv is ready after $((SECONDS - started)) s"

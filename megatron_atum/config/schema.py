@@ -100,7 +100,7 @@ class SourceConfig:
     shards: str = "???"  # manifest.json of tools/data/index.py, or a glob of WebDataset shards; local or s3://
     weight: float | None = None  # share of tokens, relative to the other sources; default: that of data.mixture
     epochs: float | None = None  # how often data.mixture=by_tokens counts the source's tokens (default 1)
-    kind: str = "documents"  # documents | pairs
+    kind: str = "documents"  # documents | pairs | conversations
     max_images: int = 70  # most images in one packed row
     filters: list[str] | None = None  # instead of data.filters
 
@@ -112,7 +112,8 @@ class DataConfig:
     validation_packs: int = 256  # rows of each validation source
     tokenizer: str | None = None  # sentencepiece tokenizer.model, or the folder it lies in
     sequence_length: int = 1024
-    mixture: str = "published"  # published | draft_card | by_tokens: weights of sources that set none
+    mixture: str = "published"  # published | draft_card | instruct | by_tokens: weights of sources that set none
+    loss_on: str = "all"  # all | assistant: the turns of conversations that count in the loss
     filters: list[str] = _list(*FILTERS)  # samples that are dropped, and counted; faulty ones always are
     shuffle_samples: int = 131072  # samples of a source that are shuffled together (whole shards)
     p_next: float = 0.0  # probability that a row's tokens see the next image instead of the previous one
@@ -126,21 +127,43 @@ class DataConfig:
 
 
 @dataclass
+class ParameterGroupConfig:
+    """Weights with a learning rate or weight decay of their own."""
+
+    match: str = "???"  # Hugging Face names, with * and ?, e.g. model.perceiver_resampler.*
+    lr_scale: float = 1.0  # factor on optimizer.lr and optimizer.min_lr
+    weight_decay_scale: float | None = None  # factor on optimizer.weight_decay; default: by optimizer.weight_decay_rule
+
+
+@dataclass
 class OptimizerConfig:
     lr: float = 5e-5
     min_lr: float = 0.0  # learning rate at the end of decay_steps
     warmup_steps: int = 2000
     decay_steps: int = 500_000
-    schedule: str = "linear"  # linear | cosine | constant
+    schedule: str = "linear"  # linear | cosine | constant | wsd (constant, then a fall)
+    wsd_steps: int = 0  # length of the fall of schedule=wsd; it ends at decay_steps
+    wsd_style: str = "linear"  # linear | cosine | exponential | minus_sqrt: form of that fall
     weight_decay: float = 0.1
+    weight_decay_rule: str = "idefics"  # idefics: by the original's list of name parts | clean: matrices only
+    groups: list[ParameterGroupConfig] = _list()  # the first that matches a weight counts
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     clip_grad: float = 1.0  # global gradient norm; 0 turns clipping off
     distributed: bool = True  # shard optimizer state over data-parallel ranks
     overlap_grad_reduce: bool = True
-    overlap_param_gather: bool = False  # gather updated parameters during the next forward
+    overlap_param_gather: bool | None = None  # gather updated weights in the next forward; default: with an accelerator
     bucket_size: int | None = None  # values per gradient bucket that is reduced on its own; default megatron-core's
+
+
+@dataclass
+class RampUpConfig:
+    """Global batch size in steps of equal length, from `start` to training.global_batch_size."""
+
+    start: int = 0  # packed rows of the first steps; 0: no ramp-up
+    increment: int = 0  # packed rows added each time
+    rows: int = 0  # packed rows after which training.global_batch_size is reached
 
 
 @dataclass
@@ -152,6 +175,14 @@ class TrainingConfig:
     precision: str = "auto"  # auto (bf16 with CUDA, fp32 without) | bf16 | fp32
     loss_normalization: str = "tokens"  # tokens: global token mean | idefics: mean of microbatch means
     z_loss: float = 1e-3  # weight of mean(logsumexp^2); 0 turns it off
+    ramp_up: RampUpConfig = field(default_factory=RampUpConfig)
+    recompute: str = "none"  # none | selective (attention and MLP products) | full (whole layers)
+    recompute_method: str = (
+        "uniform"  # uniform: all, in groups of recompute_layers | block: only the first ones of a chunk
+    )
+    recompute_layers: int = 1  # decoder layers, each with the cross-attention in front of it
+    deterministic: bool = False  # two runs give the same bits, also with an accelerator
+    validate_every: int = 0  # steps between losses of data.validation; 0 never
 
 
 @dataclass
@@ -166,11 +197,35 @@ class CheckpointConfig:
 
 
 @dataclass
+class HealthConfig:
+    max_bad_steps: int = 5  # steps in a row with a non-finite loss or gradient (never applied) until the run stops
+    spike: str = "log"  # log | skip_data (the step is not applied) | rollback: what a loss spike leads to
+    spike_threshold: float = 8.0  # deviations above the median of a source's last losses (robust z-score)
+    spike_window: int = 128  # losses of each source that the median is taken of; half of them before any judgement
+    spike_steps: int = 3  # spikes in a row until spike=rollback acts
+    max_rollbacks: int = 3  # the next spike stops the run
+    rollback_skip: int = 0  # steps of data left out beyond the spike
+    rollback_lr_scale: float = 1.0  # factor on all learning rates from a rollback on
+    checksum_every: int = 500  # steps between comparisons of the frozen weights over data-parallel ranks; 0 never
+    start_timeout_s: float = 1800.0  # of a collective until the first step is done
+    step_timeout_s: float = 600.0  # and after it
+    dry_step: str = "auto"  # auto (with an accelerator) | always | never: try the largest batch before the first step
+
+
+@dataclass
 class LoggingConfig:
     root: str = "runs"
     run: str = "default"  # the run folder is root/run
     every: int = 1  # steps between printed lines
     progress: bool = True  # progress bar on a terminal
+    detail_every: int = 100  # steps between gates and norms of every layer in the metrics; 0 never
+    tensorboard: bool = False  # write RUN/tensorboard
+    wandb: str = "off"  # off | offline | online: Weights & Biases
+    wandb_project: str = "atum"
+    wandb_entity: str | None = None  # team; default: the user's own
+    profile_start: int = 0  # first step of a torch profiler trace (RUN/profile); 0 none
+    profile_steps: int = 2  # steps of it
+    profile_ranks: list[int] = _list(0)
 
 
 @dataclass
@@ -181,4 +236,5 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -16,8 +16,16 @@ _CHOICES = {
     "model.vision.hidden_act": VISION_ACTIVATIONS,
     "training.precision": ("auto", "bf16", "fp32"),
     "training.loss_normalization": ("tokens", "idefics"),
-    "optimizer.schedule": ("linear", "cosine", "constant"),
-    "data.mixture": ("published", "draft_card", "by_tokens"),
+    "training.recompute": ("none", "selective", "full"),
+    "training.recompute_method": ("uniform", "block"),
+    "optimizer.schedule": ("linear", "cosine", "constant", "wsd"),
+    "optimizer.wsd_style": ("linear", "cosine", "exponential", "minus_sqrt"),
+    "optimizer.weight_decay_rule": ("idefics", "clean"),
+    "data.mixture": ("published", "draft_card", "instruct", "by_tokens"),
+    "data.loss_on": ("all", "assistant"),
+    "health.spike": ("log", "skip_data", "rollback"),
+    "health.dry_step": ("auto", "always", "never"),
+    "logging.wandb": ("off", "offline", "online"),
     "data.on_missing_shard": ("stop", "skip"),
     "data.on_change": ("error", "restart", "continue"),
 }
@@ -44,8 +52,13 @@ _POSITIVE = (
     "data.shuffle_samples",
     "data.validation_packs",
     "training.steps",
+    "training.recompute_layers",
     "optimizer.decay_steps",
+    "health.max_bad_steps",
+    "health.spike_window",
+    "health.spike_steps",
     "logging.every",
+    "logging.profile_steps",
 )
 _NOT_NEGATIVE = (
     "model.additional_vocab_size",
@@ -53,7 +66,14 @@ _NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "optimizer.clip_grad",
+    "optimizer.wsd_steps",
     "training.z_loss",
+    "training.validate_every",
+    "health.max_rollbacks",
+    "health.rollback_skip",
+    "health.checksum_every",
+    "logging.detail_every",
+    "logging.profile_start",
     "checkpoint.save_every",
     "checkpoint.keep",
     "checkpoint.keep_every",
@@ -70,6 +90,10 @@ _RANGES = {  # key: lowest, highest, what is said of them
     "model.norm_eps": (1e-30, float("inf"), "above 0"),
     "model.vision.norm_eps": (1e-30, float("inf"), "above 0"),
     "model.rope_theta": (1e-30, float("inf"), "above 0"),
+    "health.spike_threshold": (1e-30, float("inf"), "above 0"),
+    "health.rollback_lr_scale": (1e-30, 1.0, "above 0 and at most 1"),
+    "health.start_timeout_s": (1.0, 1e9, "at least 1"),
+    "health.step_timeout_s": (1.0, 1e9, "at least 1"),
 }
 _FREEZE_EXCEPTIONS = ("LayerNorm", "Linear", "Embedding")
 
@@ -165,7 +189,7 @@ def _check_sources(config: Config) -> None:
 
 
 def _check_source(key: str, source: SourceConfig) -> None:
-    _known(f"{key}.kind", [source.kind], ("documents", "pairs"))
+    _known(f"{key}.kind", [source.kind], ("documents", "pairs", "conversations"))
     _known(f"{key}.filters", source.filters or [], FILTERS)
     for name in ("weight", "epochs"):
         value = getattr(source, name)
