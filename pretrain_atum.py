@@ -3,23 +3,25 @@
     torchrun --nproc-per-node 4 pretrain_atum.py --config examples/tiny/pretrain.yaml \\
         parallel.tensor=2 parallel.pipeline=2
 
-Exit codes: 0 done, 2 bad configuration, data or checkpoint; anything else is a failure.
+Exit codes: 0 done, or stopped by RUN/stop; 2 bad configuration, data or checkpoint; 85 stopped by SIGTERM or SIGUSR1
+after a complete checkpoint: start it again to go on; anything else is a failure.
 """
 
 import os
 import sys
 import time
+import traceback
 
 from megatron_atum.config.cli import parse_arguments
 from megatron_atum.config.loader import to_yaml
 from megatron_atum.data.mixture import check_weights
-from megatron_atum.errors import AtumError
+from megatron_atum.errors import AtumError, DataFailure, HealthFailure
 from megatron_atum.parallel.layout import ParallelLayout
 
 WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))  # as torchrun sets them
 
 
-def main() -> None:
+def main() -> int:
     config, dry_run = parse_arguments(__doc__ or "")
     check_weights(config.data.sources, config.data.mixture)
     if dry_run:
@@ -27,24 +29,30 @@ def main() -> None:
             ParallelLayout.from_config(config, WORLD_SIZE)
         if RANK == 0:
             print(to_yaml(config), end="")
-        return
+        return 0
     # Imported only now: --help and --dry-run answer at once.
-    from megatron_atum.parallel.groups import build_groups, start_distributed, stop_distributed
-    from megatron_atum.training.start import confirm_start, prepare_start
-    from megatron_atum.training.trainer import Trainer
+    from megatron_atum.training.run import train
 
-    start = prepare_start(config, WORLD_SIZE, RANK)
-    start_distributed()
-    groups = build_groups(start.layout, config.training.seed)
-    Trainer(confirm_start(start, RANK), groups).fit()
-    stop_distributed()
+    return train(config, WORLD_SIZE, RANK)
+
+
+def leave(error: Exception, code: int) -> None:
+    """No tear-down: ranks may be in different places."""
+    if RANK:  # usually all ranks find the same, and rank 0 tells it
+        time.sleep(2)
+    print(f"pretrain_atum: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        exit_code = main()
     except AtumError as error:
-        if RANK:  # usually all ranks find the same mistake, and rank 0 tells it
-            time.sleep(2)
-        print(f"pretrain_atum: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # no tear-down: ranks may be in different places
+        leave(error, 2)
+    except (DataFailure, HealthFailure) as error:
+        leave(error, 1)
+    except Exception as error:  # of this rank alone, or of a collective that another rank fell out of
+        traceback.print_exc()
+        leave(error, 1)
+    if exit_code:
+        sys.exit(exit_code)

@@ -45,7 +45,7 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.0"],
         # converters (parquet, images by URL), s3://, plots
         "data": ["matplotlib>=3.8", "pyarrow>=15", "requests>=2.32", "s3fs>=2024.2", "urllib3>=2.2"],
-        "logging": ["nvidia-ml-py>=12", "tensorboard>=2.15", "wandb>=0.17"],
+        "logging": ["matplotlib>=3.8", "nvidia-ml-py>=12", "tensorboard>=2.15", "wandb>=0.17"],
         "demo": ["matplotlib>=3.8", "scikit-image>=0.24", "scikit-learn>=1.5"],
         "dev": [
             "flask>=3",  # with flask-cors: moto's server

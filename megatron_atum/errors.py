@@ -20,3 +20,11 @@ class DataFailure(RuntimeError):
 
 class CheckpointError(AtumError):
     """A checkpoint or Hugging Face folder that cannot be used: names it and says why."""
+
+
+class HealthFailure(RuntimeError):
+    """Training cannot go on as it is: numbers that are not finite, or weights that changed. Raised on all ranks."""
+
+
+class RankFailure(RuntimeError):
+    """This rank failed, or a collective did because another rank died or hangs. Says which, as far as it is known."""

@@ -15,7 +15,10 @@ Rules, for a weight matrix of P values that is applied to n positions (one multi
   embeddings, biases and losses are left out (well under 1 %).
 - Positions are rows x sequence length: padding goes through every product and is counted, as it is in figures of
   other trainers that multiply batch by length; packed rows have little of it. Padded vocabulary is not counted.
-- Recomputation of activations is never part of model FLOPs. It is part of `executed_flops`.
+- Recomputation of activations is never part of model FLOPs. It is part of `executed_flops`: one more forward of what
+  is recomputed. Selective recomputation repeats the first projection of each MLP and the attention products of
+  cross-attention and decoder layers; full recomputation whole layers, also of the perceiver and of a vision tower that
+  trains.
 
 Source of the rules: PaLM (arXiv 2204.02311, appendix B) for model FLOPs without recomputation; 4P for frozen weights as
 in Megatron-Bridge's flop_utils.py, which counts two thirds for a frozen base under LoRA.
@@ -28,14 +31,14 @@ Legend: n positions, S sequence length, L latents per image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_atum.config.schema import ModelConfig
 
 LEGACY_LABEL = "8N (all parameters as if trained, recomputation included; not comparable with model FLOPs)"
-RECOMPUTE = ("none", "full")
-RECOMPUTED = ("cross_attention", "decoder")  # parts whose layers run forward again under full recomputation
+RECOMPUTE = ("none", "selective", "full")
+TEXT_LAYERS = ("cross_attention", "decoder")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Product:
     forward: int
     gradients: int  # of its two inputs, how many need one: 0, 1 or 2
     is_attention: bool = False  # score and value products; else a weight is one of the inputs
+    layer: int | None = None  # whose it is; of cross-attention the decoder layer that it stands in front of
+    widens: bool = False  # first projection of an MLP
 
     @property
     def model(self) -> int:
@@ -93,16 +98,50 @@ def model_flops(model: ModelConfig, work: Work) -> Flops:
     return _sum(products(model, work), lambda product: product.model)
 
 
-def executed_flops(model: ModelConfig, work: Work, recompute: str = "none") -> Flops:
+def executed_flops(
+    model: ModelConfig,
+    work: Work,
+    recompute: str = "none",
+    *,
+    method: str = "uniform",
+    layers: int = 1,
+    units_per_chunk: Sequence[int] | None = None,
+) -> Flops:
     """Model FLOPs and what activation recomputation adds.
 
     Args:
-        recompute: none | full: all cross-attention and decoder layers run forward once more.
+        recompute, method, layers: training.recompute, recompute_method and recompute_layers.
+        units_per_chunk: of the parallel layout (method=block recomputes the first layers of each chunk). None: one
+            chunk.
+
+    Raises:
+        ValueError: recompute is none of `RECOMPUTE`.
     """
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute={recompute!r}: must be one of {', '.join(RECOMPUTE)}")
-    again = RECOMPUTED if recompute == "full" else ()
-    return _sum(products(model, work), lambda product: product.model + product.forward * (product.part in again))
+    block = _first_layers(model, layers, units_per_chunk) if method == "block" else set(range(model.num_layers))
+
+    def again(product: Product) -> bool:
+        if recompute == "selective":
+            return product.part in TEXT_LAYERS and (product.is_attention or product.widens)
+        if recompute == "none" or product.layer is None:
+            return False
+        if product.part in TEXT_LAYERS:
+            return product.layer in block
+        return product.gradients > 0  # else nothing is kept in the first place
+
+    return _sum(products(model, work), lambda product: product.model + product.forward * again(product))
+
+
+def _first_layers(model: ModelConfig, number: int, units_per_chunk: Sequence[int] | None) -> set[int]:
+    """Decoder layers that method=block recomputes."""
+    found: set[int] = set()
+    start = 0
+    for units in units_per_chunk or (model.num_layers // model.cross_layer_interval,):
+        stop = start + units * model.cross_layer_interval
+        found |= set(range(start, min(start + number, stop)))
+        start = stop
+    return found
 
 
 def legacy_flops(parameters: int, tokens: int) -> int:
@@ -115,7 +154,7 @@ def legacy_flops(parameters: int, tokens: int) -> int:
 
 
 def products(model: ModelConfig, work: Work) -> list[Product]:
-    """All products of a step; those of one part and kind are added up."""
+    """All products of a step."""
     return [
         *_vision(model, work.images),
         *_perceiver(model, work.images),
@@ -132,16 +171,25 @@ def _sum(all_products: list[Product], flops_of: Callable[[Product], int]) -> Flo
     return Flops(**parts)
 
 
-def _linear(part: str, weights: int, positions: int, *, trains: bool, input_needs: bool = True) -> Product:
+def _linear(
+    part: str,
+    weights: int,
+    positions: int,
+    *,
+    trains: bool,
+    input_needs: bool = True,
+    layer: int | None = None,
+    widens: bool = False,
+) -> Product:
     """A weight matrix applied to so many positions.
 
     Args:
         input_needs: whether the input needs a gradient.
     """
-    return Product(part, 2 * weights * positions, trains + input_needs)
+    return Product(part, 2 * weights * positions, trains + input_needs, layer=layer, widens=widens)
 
 
-def _attention(part: str, queries: int, keys: int, width: int, *, needs: bool = True) -> Product:
+def _attention(part: str, queries: int, keys: int, width: int, layer: int, *, needs: bool = True) -> Product:
     """Score and value products of all heads together.
 
     Args:
@@ -149,7 +197,7 @@ def _attention(part: str, queries: int, keys: int, width: int, *, needs: bool = 
         keys: that one query sees.
         width: of all heads.
     """
-    return Product(part, 4 * queries * keys * width, 2 if needs else 0, is_attention=True)
+    return Product(part, 4 * queries * keys * width, 2 if needs else 0, is_attention=True, layer=layer)
 
 
 def _vision(model: ModelConfig, images: int) -> Iterator[Product]:
@@ -164,9 +212,9 @@ def _vision(model: ModelConfig, images: int) -> Iterator[Product]:
     yield _linear("vision", patch, images * patches, trains=not freeze.vision, input_needs=False)
     for layer in range(v.num_layers):
         needs = below or (trains and layer > 0)
-        yield _linear("vision", qkv, n, trains=trains, input_needs=needs)
-        yield _attention("vision", n, patches + 1, v.embed_dim, needs=needs or trains)
-        yield _linear("vision", behind, n, trains=trains, input_needs=needs or trains)
+        yield _linear("vision", qkv, n, trains=trains, input_needs=needs, layer=layer)
+        yield _attention("vision", n, patches + 1, v.embed_dim, layer, needs=needs or trains)
+        yield _linear("vision", behind, n, trains=trains, input_needs=needs or trains, layer=layer)
 
 
 def _perceiver(model: ModelConfig, images: int) -> Iterator[Product]:
@@ -174,30 +222,33 @@ def _perceiver(model: ModelConfig, images: int) -> Iterator[Product]:
     inner, L = p.num_heads * p.head_dim, p.num_latents
     keys = (model.vision.image_size // model.vision.patch_size) ** 2 + 1 + L
     on_latents = 2 * V * inner + 2 * V * 4 * V  # query, output; MLP
-    for _ in range(p.depth):
-        yield _linear("perceiver", on_latents, images * L, trains=True)
+    for block in range(p.depth):
+        yield _linear("perceiver", on_latents, images * L, trains=True, layer=block)
         # The norm of the vision states trains, so the input of this projection needs a gradient in any case.
-        yield _linear("perceiver", 2 * V * inner, images * keys, trains=True)
-        yield _attention("perceiver", images * L, keys, inner)
+        yield _linear("perceiver", 2 * V * inner, images * keys, trains=True, layer=block)
+        yield _attention("perceiver", images * L, keys, inner, block)
 
 
 def _cross_attention(model: ModelConfig, work: Work) -> Iterator[Product]:
     H, V, L = model.hidden_size, model.vision.embed_dim, model.perceiver.num_latents
-    on_text = 2 * H * H + 3 * H * model.intermediate_size  # query, output; MLP, which every token goes through
-    for _ in range(model.num_layers // model.cross_layer_interval):
-        yield _linear("cross_attention", on_text, work.tokens, trains=True)
-        yield _linear("cross_attention", 2 * H * V, work.images * L, trains=True)
-        yield _attention("cross_attention", work.tokens_seeing, L, H)
+    widen = 2 * H * model.intermediate_size
+    on_text = 2 * H * H + H * model.intermediate_size  # query, output; end of the MLP, which every token goes through
+    for layer in range(0, model.num_layers, model.cross_layer_interval):
+        yield _linear("cross_attention", on_text, work.tokens, trains=True, layer=layer)
+        yield _linear("cross_attention", widen, work.tokens, trains=True, layer=layer, widens=True)
+        yield _linear("cross_attention", 2 * H * V, work.images * L, trains=True, layer=layer)
+        yield _attention("cross_attention", work.tokens_seeing, L, H, layer)
 
 
 def _decoder(model: ModelConfig, work: Work) -> Iterator[Product]:
     H, S = model.hidden_size, work.sequence_length
-    weights = 4 * H * H + 3 * H * model.intermediate_size
+    widen, others = 2 * H * model.intermediate_size, 4 * H * H + H * model.intermediate_size
     trains = not model.freeze.text or "Linear" in model.freeze.text_exceptions
-    for _ in range(model.num_layers):
-        yield _linear("decoder", weights, work.tokens, trains=trains)
-        full = _attention("decoder", work.tokens, S, H)
-        yield Product("decoder", full.forward // 2, full.gradients, is_attention=True)  # causal
+    for layer in range(model.num_layers):
+        yield _linear("decoder", others, work.tokens, trains=trains, layer=layer)
+        yield _linear("decoder", widen, work.tokens, trains=trains, layer=layer, widens=True)
+        full = _attention("decoder", work.tokens, S, H, layer)
+        yield replace(full, forward=full.forward // 2)  # causal
 
 
 def _head(model: ModelConfig, tokens: int) -> Iterator[Product]:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from megatron_atum.batch import Batch
 from megatron_atum.checkpoint.table import hf_shapes
 from megatron_atum.config.loader import preset
-from megatron_atum.config.schema import FreezeConfig, ModelConfig, PerceiverConfig, VisionConfig
+from megatron_atum.config.schema import FreezeConfig, ModelConfig, PerceiverConfig, TrainingConfig, VisionConfig
 from megatron_atum.flops import LEGACY_LABEL, Flops, Work, executed_flops, legacy_flops, model_flops, products
 from tests.distributed import run_distributed
 
@@ -99,15 +99,50 @@ def test_without_images_only_the_text_side_costs() -> None:
     assert flops.decoder == with_images.decoder
 
 
-def test_recomputation_adds_one_forward_of_the_layers_and_is_not_in_model_flops() -> None:
+def forward_of(model: ModelConfig, *parts: str) -> int:
+    return sum(p.forward for p in products(model, ROW) if p.part in parts)
+
+
+def test_full_recomputation_adds_one_forward_of_the_layers_and_is_not_in_model_flops() -> None:
     model = preset("atum-9b")
     plain, none, full = model_flops(model, ROW), executed_flops(model, ROW), executed_flops(model, ROW, "full")
     assert none == plain
-    forward = sum(p.forward for p in products(model, ROW) if p.part in ("decoder", "cross_attention"))
-    assert full.total - plain.total == forward
-    assert (full.vision, full.perceiver, full.head) == (plain.vision, plain.perceiver, plain.head)
-    with pytest.raises(ValueError, match="none, full"):
-        executed_flops(model, ROW, "selective")
+    assert full.total - plain.total == forward_of(model, "decoder", "cross_attention", "perceiver")
+    assert (full.vision, full.head) == (plain.vision, plain.head)
+    free = replace(model, freeze=UNFROZEN)
+    patch = products(free, ROW)[0].forward  # in front of the layers
+    more = executed_flops(free, ROW, "full").vision - model_flops(free, ROW).vision
+    assert more == forward_of(free, "vision") - patch
+    with pytest.raises(ValueError, match="none, selective, full"):
+        executed_flops(model, ROW, "some")
+
+
+def test_selective_recomputation_adds_the_widening_and_the_attention_products() -> None:
+    model = preset("atum-9b")
+    H, wide, n = model.hidden_size, 2 * model.intermediate_size, ROW.tokens
+    more = executed_flops(model, ROW, "selective").decoder - model_flops(model, ROW).decoder
+    assert more == model.num_layers * (2 * n * H * wide + 4 * n * n * H // 2)
+    more = executed_flops(model, ROW, "selective").cross_attention - model_flops(model, ROW).cross_attention
+    assert more == model.num_layers // 4 * (2 * n * H * wide + 4 * n * 64 * H)
+
+
+def test_recomputation_by_block_counts_the_first_layers_of_each_chunk() -> None:
+    model = preset("atum-9b")
+
+    def more(layers: int, *units: int) -> tuple[float, float]:
+        """Layers that run again: of the decoder, of cross-attention."""
+        block = executed_flops(model, ROW, "full", method="block", layers=layers, units_per_chunk=units or None)
+        plain = model_flops(model, ROW)
+        return (
+            (block.decoder - plain.decoder) / forward_of(model, "decoder") * 32,
+            (block.cross_attention - plain.cross_attention) / forward_of(model, "cross_attention") * 8,
+        )
+
+    assert more(1) == (1, 1)
+    assert more(5) == (5, 2)
+    assert more(5, 4, 4) == (10, 4)
+    assert more(5, 1, 6, 1) == (4 + 5 + 4, 1 + 2 + 1)
+    assert more(99, 1, 6, 1) == (32, 8)
 
 
 # The real model -------------------------------------------------------------------------------------------------------
@@ -152,12 +187,14 @@ def tiny_batch() -> Batch:
     )
 
 
-def counted(rank: int, world_size: int, freezes: list[FreezeConfig]) -> list[dict[str, int]]:
+def counted(
+    rank: int, world_size: int, freezes: list[FreezeConfig], training: TrainingConfig | None = None
+) -> list[dict[str, int]]:
     """FLOPs per operation of one forward and backward of the whole model, as torch counts them."""
-    return [_counted(replace(TINY, freeze=freeze)) for freeze in freezes]
+    return [_counted(replace(TINY, freeze=freeze), training) for freeze in freezes]
 
 
-def _counted(model: ModelConfig) -> dict[str, int]:
+def _counted(model: ModelConfig, training: TrainingConfig | None) -> dict[str, int]:
     from megatron_atum.model.inputs import prepare
     from megatron_atum.model.stage import build_stages
     from megatron_atum.parallel.cpu_compat import emulated_cuda
@@ -165,7 +202,7 @@ def _counted(model: ModelConfig) -> dict[str, int]:
     from megatron_atum.parallel.layout import ParallelLayout
 
     groups = build_groups(ParallelLayout(world_size=1, units_per_chunk=(2,)))
-    (stage,) = build_stages(model, groups, torch.float32)
+    (stage,) = build_stages(model, groups, torch.float32, training)
     for parameter in stage.parameters():
         torch.nn.init.constant_(parameter, 0.01)
     inputs = prepare([tiny_batch()], model, groups, torch.device("cpu"), torch.float32)
@@ -212,3 +249,21 @@ def test_the_first_vision_layer_needs_no_input_gradient_when_only_matrices_train
     matrices = sum(p.model for p in products(model, work) if not p.is_attention)
     unneeded = 2 * (3 * model.vision.embed_dim**2) * work.images * 5
     assert sum(flops for op, flops in by_op.items() if "attention" not in op) == matrices + unneeded
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "layers"),
+    [("selective", "uniform", 1), ("full", "uniform", 1), ("full", "uniform", 3), ("full", "block", 3)],
+)
+def test_executed_equals_torch_on_the_real_model(kind: str, method: str, layers: int) -> None:
+    """Causal attention in full, as above: also where it is recomputed."""
+    training = TrainingConfig(recompute=kind, recompute_method=method, recompute_layers=layers)
+    freezes = [FreezeConfig(), UNFROZEN]
+    work = Work(rows=2, sequence_length=8, images=3, tokens_with_image=11)
+    for freeze, by_op in zip(freezes, run_distributed(counted, 1, freezes, training)[0], strict=True):
+        model = replace(TINY, freeze=freeze)
+        executed = executed_flops(model, work, kind, method=method, layers=layers)
+        causal = [p for p in products(model, work) if p.is_attention and p.part == "decoder"]
+        again = layers if method == "block" else len(causal)
+        causal_half = sum(p.model for p in causal) + again * causal[0].forward
+        assert sum(by_op.values()) == executed.total + causal_half

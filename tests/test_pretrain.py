@@ -19,6 +19,7 @@ from megatron_atum.config.loader import load_config
 from megatron_atum.errors import AtumError
 from megatron_atum.training.metrics import read_metrics
 from megatron_atum.training.start import prepare_start
+from tests.faults.runs import OF_THE_CLOCK
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,11 +69,7 @@ def torchrun(processes: int, arguments: list[str]) -> subprocess.Popen[str]:
 def losses(root: Path) -> list[dict[str, float]]:
     """Everything of a step but times."""
     return [
-        {
-            key: value
-            for key, value in line.items()
-            if not key.endswith("_s") and "_per_s" not in key and key != "model_tflops"
-        }
+        {key: value for key, value in line.items() if not OF_THE_CLOCK.search(key)}
         for line in read_metrics(root / "test" / "metrics.jsonl")
     ]
 

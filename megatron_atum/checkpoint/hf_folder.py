@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -176,6 +177,24 @@ def check_same_model(where: str, theirs: ModelConfig, ours: ModelConfig) -> None
     different = _differences("model", theirs, ours)
     if different:
         raise CheckpointError(f"{where} holds another model than the configuration asks for: " + "; ".join(different))
+
+
+def check_start(where: str, theirs: ModelConfig, ours: ModelConfig) -> str:
+    """The same of weights that a new run starts from, except that it may have more added tokens.
+
+    Returns:
+        What is drawn (draw.py: AddedRows), for the log; "" if nothing is.
+
+    Raises:
+        CheckpointError: naming the keys that differ.
+    """
+    there, here = theirs.additional_vocab_size, ours.additional_vocab_size
+    if not 0 < there < here:
+        check_same_model(where, theirs, ours)
+        return ""
+    check_same_model(where, replace(theirs, additional_vocab_size=here), ours)
+    rows = f"row {here} is" if here - there == 1 else f"rows {there + 1} to {here} are"
+    return f"{where} has {there} added tokens, and this model {here}: {rows} drawn, in added embedding and added head"
 
 
 _MAY_DIFFER = {"preset", "freeze", "alpha_init", "interpolate_positions", "max_position_embeddings"}

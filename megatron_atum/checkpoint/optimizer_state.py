@@ -63,20 +63,21 @@ class OptimizerShard:
 
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """torch's (or apex's) optimizers inside megatron-core's."""
-    return [part.optimizer for part in _parts(optimizer)]
+    return [part.optimizer for part in parts_of(optimizer)]
 
 
 def optimizer_shards(optimizer: Any) -> list[OptimizerShard]:
     """All that this rank's optimizer holds, in its own order."""
     return [
         OptimizerShard(parameter, main, start, stop, part.optimizer, group)
-        for part in _parts(optimizer)
+        for part in parts_of(optimizer)
         for group, pairs in zip(part.optimizer.param_groups, _pairs(part), strict=True)
         for parameter, main, start, stop in pairs
     ]
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def parts_of(optimizer: Any) -> list[Any]:
+    """megatron-core's optimizers that hold parameters of this rank."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if part.optimizer is not None]  # none: a rank without trainable parameters
 

@@ -121,8 +121,12 @@ class RunCheckpoint:
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, data: dict[str, Any]) -> list[Saved]:
+    def save(self, step: int, data: dict[str, Any], health: dict[str, Any] | None = None) -> list[Saved]:
         """Save the state after `step`; what could not be written is said, not raised.
+
+        Args:
+            data: state of the loader.
+            health: what of the last steps decides on the next ones.
 
         Returns:
             How saves ended that are over now: this one too, unless checkpoint.asynchronous.
@@ -133,7 +137,7 @@ class RunCheckpoint:
                 chunk.start_param_sync(force_sync=True)
         folder = step_folder(self.checkpoints, step)
         try:
-            job = self._together(folder, lambda: self._start(step, folder, data, began))
+            job = self._together(folder, lambda: self._start(step, folder, data, health or {}, began))
         except CheckpointError as problem:
             seconds = time.perf_counter() - began
             return [*over, Saved(step, folder, str(problem), seconds, seconds)]
@@ -172,7 +176,7 @@ class RunCheckpoint:
         blocked = job.blocked_s + now - began if self.config.checkpoint.asynchronous else now - job.began
         return Saved(job.step, job.folder, error, blocked, now - job.began)
 
-    def _start(self, step: int, folder: Path, data: dict[str, Any], began: float) -> _Job:
+    def _start(self, step: int, folder: Path, data: dict[str, Any], health: dict[str, Any], began: float) -> _Job:
         """Everything that training may change is copied, or in memory that it does not touch."""
         trainable, moments = self.tensors.weights(trainable=True), self.tensors.optimizer_state()
         if self.config.checkpoint.asynchronous:
@@ -186,6 +190,7 @@ class RunCheckpoint:
             "layout": layout_record(self.groups.layout),
             "config": OmegaConf.to_container(OmegaConf.structured(self.config)),
             "data": data,
+            "health": health,
             "scheduler": self.engine.scheduler.state_dict(),
         }
         return _Job(
@@ -291,7 +296,7 @@ class RunCheckpoint:
     # Loading ---------------------------------------------------------------------------------------------------------
 
     def load(self, state: RunState) -> None:
-        """Weights, optimizer, schedule and random state. `check_resumable` must have passed.
+        """Weights, optimizer, schedule and random state; also amid a run. `check_resumable` must have passed.
 
         Raises:
             CheckpointError: a file does not hold what it should.
@@ -304,6 +309,7 @@ class RunCheckpoint:
                 set_random_state(together(lambda: stored_random(self.groups, stored.reader)))
         finally:
             stored.close()
+        self.engine.scheduler.num_steps = 0  # what is loaded is added to it
         self.engine.scheduler.load_state_dict(state.scheduler)
 
     def take_frozen(self, folder: Path) -> None:

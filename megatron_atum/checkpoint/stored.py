@@ -69,6 +69,7 @@ class RunState:
     layout: dict[str, Any] | None  # None: weights only, as the tools write them
     config: dict[str, Any]
     data: dict[str, Any]
+    health: dict[str, Any]  # of the training's last steps
     scheduler: dict[str, Any]
     optimizer_steps: dict[str, int]  # by Hugging Face name of a weight's first tensor
     versions: dict[str, str]
@@ -89,7 +90,8 @@ def read_state(folder: Path) -> RunState:
     try:
         content = json.loads((folder / STATE).read_text())
         keys = ("step", "layout", "config", "data", "scheduler", "optimizer_steps", "versions")
-        return RunState(folder, model=_model(content["config"]["model"]), **{key: content[key] for key in keys})
+        model = _model(content["config"]["model"])
+        return RunState(folder, model=model, health=content.get("health", {}), **{key: content[key] for key in keys})
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OmegaConfBaseException) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read: {error!r}") from None
 
@@ -103,7 +105,7 @@ def _model(values: dict[str, Any]) -> ModelConfig:
 
 def write_state(folder: Path, *, step: int, config: dict[str, Any], frozen: str | None, **more: Any) -> None:
     """Write state.json. `more`: what a training run adds."""
-    nothing: dict[str, Any] = {"layout": None, "data": {}, "scheduler": {}, "optimizer_steps": {}}
+    nothing: dict[str, Any] = {"layout": None, "data": {}, "health": {}, "scheduler": {}, "optimizer_steps": {}}
     versions = {"megatron_atum": __version__, "torch": torch.__version__}
     content = {"format": FORMAT, "step": step, "frozen": frozen, "versions": versions, "config": config}
     write_json(folder / STATE, content | nothing | more)

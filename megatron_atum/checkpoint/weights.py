@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_atum.checkpoint.draw import Drawn
+from megatron_atum.checkpoint.draw import AddedRows, Drawn
 from megatron_atum.checkpoint.rules import Box
 from megatron_atum.checkpoint.source import TensorSource
 from megatron_atum.checkpoint.stored import StoredCheckpoint
@@ -50,16 +50,21 @@ def boxes_of(
 def fill(stages: Iterable[nn.Module], model: ModelConfig, groups: ProcessGroups, source: TensorSource) -> None:
     """Set every weight of this rank; only the parts that it holds are read.
 
+    The source may have fewer added tokens than the model.
+
     Raises:
         CheckpointError: see TensorSource.
     """
+    added = AddedRows(model, source)
     for row, parameter in rows_of(stages, model):
         boxes = list(boxes_of(row, parameter, groups.tensor_rank, groups.layout.tensor))
         if sum(math.prod(box.sizes) for box in boxes) < parameter.numel():
             parameter.zero_()  # padding rows of the vocabulary
         for box in boxes:
             view = box.view(parameter.view(-1))
-            view.copy_(read_box(source, row.hf[box.part], box.offsets, box.sizes).reshape(view.shape))
+            name = row.hf[box.part]
+            origin = added if name in added.names() else source
+            view.copy_(read_box(origin, name, box.offsets, box.sizes).reshape(view.shape))
 
 
 def read_box(source: TensorSource, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:

@@ -114,6 +114,7 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{key}={_get(config, key)}: must be {text}")
     _check_model(config)
     _check_optimizer(config)
+    _check_ramp_up(config)
     _check_sources(config)
 
 
@@ -167,6 +168,41 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.warmup_steps={o.warmup_steps} is not below optimizer.decay_steps={o.decay_steps}; "
             f"optimizer.warmup_steps={o.decay_steps // 10} would work"
         )
+    longest = o.decay_steps - o.warmup_steps
+    if o.schedule == "wsd" and not 1 <= o.wsd_steps <= longest:
+        raise ConfigError(
+            f"optimizer.wsd_steps={o.wsd_steps}: the fall of optimizer.schedule=wsd lies between "
+            f"optimizer.warmup_steps={o.warmup_steps} and optimizer.decay_steps={o.decay_steps} and takes 1 to "
+            f"{longest} steps; "
+            f"optimizer.wsd_steps={min(longest, max(1, o.decay_steps // 10))} would work"
+        )
+    for place, group in enumerate(o.groups):
+        for name in ("lr_scale", "weight_decay_scale"):
+            value = getattr(group, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"optimizer.groups[{place}].{name}={value}: must not be negative")
+
+
+def _check_ramp_up(config: Config) -> None:
+    """Whether its sizes can be dealt to the ranks is seen by parallel/layout.py."""
+    ramp, final = config.training.ramp_up, config.training.global_batch_size
+    if not ramp.start:
+        return
+    for name in ("start", "increment", "rows"):
+        if getattr(ramp, name) < 1:
+            raise ConfigError(f"training.ramp_up.{name}={getattr(ramp, name)}: must be at least 1")
+    if ramp.start >= final:
+        raise ConfigError(
+            f"training.ramp_up.start={ramp.start} is not below training.global_batch_size={final}; "
+            "training.ramp_up.start=0 would work (no ramp-up)"
+        )
+    if (final - ramp.start) % ramp.increment:
+        most = min(ramp.increment, final - ramp.start)
+        fit = next(size for size in range(most, 0, -1) if (final - ramp.start) % size == 0)
+        raise ConfigError(
+            f"training.ramp_up.increment={ramp.increment} does not lead from training.ramp_up.start={ramp.start} to "
+            f"training.global_batch_size={final}; training.ramp_up.increment={fit} would work"
+        )
 
 
 def _check_sources(config: Config) -> None:
@@ -175,7 +211,7 @@ def _check_sources(config: Config) -> None:
     names = [source.name for source in [*data.sources, *data.validation]]
     for section, sources in (("sources", data.sources), ("validation", data.validation)):
         for place, source in enumerate(sources):
-            _check_source(f"data.{section}[{place}]", source)
+            _check_source(f"data.{section}[{place}]", source, config.model.additional_vocab_size)
             if names.count(source.name) > 1:
                 raise ConfigError(
                     f"data.{section}[{place}].name={source.name!r} is used twice; sources need names of their own"
@@ -188,8 +224,13 @@ def _check_sources(config: Config) -> None:
             )
 
 
-def _check_source(key: str, source: SourceConfig) -> None:
+def _check_source(key: str, source: SourceConfig, added_tokens: int) -> None:
     _known(f"{key}.kind", [source.kind], ("documents", "pairs", "conversations"))
+    if source.kind == "conversations" and added_tokens < 3:
+        raise ConfigError(
+            f"model.additional_vocab_size={added_tokens} has no row for <end_of_utterance>, which {key} "
+            f"({source.name}) needs; model.additional_vocab_size=3 would work"
+        )
     _known(f"{key}.filters", source.filters or [], FILTERS)
     for name in ("weight", "epochs"):
         value = getattr(source, name)

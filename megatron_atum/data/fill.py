@@ -70,4 +70,4 @@ def sample_sizes(index: SourceIndex, packs: Iterable[Pack]) -> Iterator[tuple[in
             cut = cuts[place]
             positions = sidecar.image_positions(row)
             images = len(images_in(positions, cut.start, cut.stop))
-            yield cut_tokens(cut.start, cut.stop, int(sidecar.sample_ids(row)[cut.start])), images
+            yield cut_tokens(cut.start, cut.stop, int(sidecar.sample_ids(row)[cut.start]), index.kind), images

@@ -1,7 +1,7 @@
 """The batches of a training step on one rank.
 
-Every rank runs the same planner over all packs and builds only its own microbatches. Step k takes the packs
-`k * global_batch_size` to `(k + 1) * global_batch_size - 1`; which of them share a microbatch, and the order of the
+Every rank runs the same planner over all packs and builds only its own microbatches. A step takes the next packs, as
+many as ramp_up.py says for the number of its first one; which of them share a microbatch, and the order of the
 microbatches, is decided by their images (deal.py). Microbatch q belongs to data-parallel rank
 `q % data_parallel_size`. So what a step computes does not depend on the parallel layout.
 """
@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from megatron_atum.batch import Batch, StepData, images_per_tensor_rank
-from megatron_atum.config.schema import DataConfig
+from megatron_atum.config.schema import DataConfig, RampUpConfig
 from megatron_atum.data.deal import deal
 from megatron_atum.data.faults import FaultCounts, hide_images
 from megatron_atum.data.index import open_source
 from megatron_atum.data.microbatch import Built, ImageShare, MicrobatchBuilder
 from megatron_atum.data.mixture import shares
 from megatron_atum.data.planner import Pack, Planner
+from megatron_atum.data.ramp_up import BatchSize
 from megatron_atum.data.storage import Storage
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import AtumError, ConfigError, DataError, DataFailure
@@ -90,6 +91,7 @@ class StepLoader:
         tensor_size: int,
         encodes_images: bool,
         pad_token_id: int = 0,
+        ramp_up: RampUpConfig | None = None,
     ) -> None:
         """Opens every source.
 
@@ -100,17 +102,14 @@ class StepLoader:
             global_batch_size: packs of a step over all data-parallel ranks.
             tensor_rank, tensor_size: decide which images of a microbatch this rank decodes.
             encodes_images: False on pipeline stages without the vision tower; they get no pixels.
+            ramp_up: how the first steps grow to `global_batch_size`; None if they do not.
 
         Raises:
-            ConfigError: the global batch cannot be dealt evenly, or a source has no weight.
+            ConfigError: a global batch cannot be dealt evenly, or a source has no weight.
             DataError: tokenizer or shards cannot be used, or too much of a source is broken.
         """
-        per_round = micro_batch_size * data_parallel_size
-        if global_batch_size < 1 or global_batch_size % per_round:
-            raise ConfigError(
-                f"training.global_batch_size={global_batch_size} is no multiple of training.micro_batch_size x "
-                f"data-parallel size = {per_round}; use e.g. {max(1, global_batch_size // per_round) * per_round}"
-            )
+        self._batch_size = BatchSize(global_batch_size, ramp_up or RampUpConfig())
+        _check_sizes(self._batch_size, micro_batch_size * data_parallel_size)
         self.tokenizer = load_tokenizer(data_config, model_vocab_size)
         storage = Storage()
         sources = data_config.sources
@@ -127,9 +126,10 @@ class StepLoader:
         # Token ids are copied from maps: too little work for a process of its own.
         self._workers = data_config.workers if encodes_images else 0
         self._on_change = data_config.on_change
-        self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
+        self._micro_batch_size = micro_batch_size
         self._dp_rank, self._dp_size = data_parallel_rank, data_parallel_size
         self._planned: deque[PlannedStep] = deque()  # steps that are not handed out yet
+        self.last_step: list[Pack] = []  # rows of the last step handed out, those of other ranks too
         self._planner_state = self._planner.state_dict()
         self._stream: Iterator[Built | DataError] | None = None
         self._most_images = micro_batch_size * max(index.max_images for index in self.indexes)
@@ -145,9 +145,11 @@ class StepLoader:
             self.close()
             agree(0, torch.zeros(0, dtype=torch.uint8), error)
         step = self._planned.popleft()
+        self.last_step = step.packs
         codes = agree(step.fingerprint, self._codes(step, built), None)
         lost = self.faults.add(step.packs, codes)
-        batches = [self._finish(step, q, one, codes) for q, one in zip(self._mine, built, strict=True)]
+        mine = self._mine(len(step.microbatches))
+        batches = [self._finish(step, q, one, codes) for q, one in zip(mine, built, strict=True)]
         self._planner_state = step.state
         self.faults.check()
         return StepData(batches, self.faults.total, tuple(lost))
@@ -188,15 +190,13 @@ class StepLoader:
         self._planned.clear()
         self._planner.load_state_dict(self._planner_state)
 
-    @property
-    def _mine(self) -> range:
-        """Numbers of this rank's microbatches in a step."""
-        return range(self._dp_rank, self._global_batch_size // self._micro_batch_size, self._dp_size)
+    def _mine(self, microbatches: int) -> range:
+        """Numbers of this rank's microbatches in a step of so many."""
+        return range(self._dp_rank, microbatches, self._dp_size)
 
-    @cached_property
-    def _turns(self) -> list[int]:
+    def _turns(self, microbatches: int) -> list[int]:
         """The same in the order in which workers take turns: to and fro, since the first ones have the most images."""
-        mine, workers = list(self._mine), max(1, self._workers)
+        mine, workers = self._mine(microbatches), max(1, self._workers)
         rounds = [mine[begin : begin + workers] for begin in range(0, len(mine), workers)]
         return [q for number, turn in enumerate(rounds) for q in (turn[::-1] if number % 2 else turn)]
 
@@ -221,20 +221,23 @@ class StepLoader:
         """Slot and packs of each microbatch of this rank. Runs in the training process, ahead of what is handed out."""
         slot, slots = 0, 1 if self._builder.ring is None else len(self._builder.ring)
         while True:
-            packs = [self._planner.next() for _ in range(self._global_batch_size)]
+            first = self._planner.next()
+            packs = [first, *(self._planner.next() for _ in range(1, self._batch_size.at(first.id)))]
             step = PlannedStep(deal(packs, self._micro_batch_size), self._planner.state_dict())
             self._planned.append(step)
-            for q in self._turns:
+            for q in self._turns(len(step.microbatches)):
                 yield slot, step.microbatches[q]
                 slot = (slot + 1) % slots
 
     def _collect(self) -> tuple[list[Built], Exception | None]:
         """This rank's microbatches of a step, or why there are none."""
         built: list[Built] = []
+        rows = self._batch_size.at(self._planner_state["packs"])  # nothing of the step may be planned so far
+        turns = self._turns(rows // self._micro_batch_size)
         try:
             self.start()
             assert self._stream is not None
-            for _ in self._turns:
+            for _ in turns:
                 one = next(self._stream)
                 if isinstance(one, DataError):
                     return [], one
@@ -243,12 +246,12 @@ class StepLoader:
             return [], error
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             return [], DataFailure(_told(error))
-        return [one for _, one in sorted(zip(self._turns, built, strict=True), key=itemgetter(0))], None
+        return [one for _, one in sorted(zip(turns, built, strict=True), key=itemgetter(0))], None
 
     def _codes(self, step: PlannedStep, built: list[Built]) -> Tensor:
         """[images of the step] uint8: what this rank found."""
         codes = torch.zeros(step.first_image[-1], dtype=torch.uint8)
-        for q, one in zip(self._mine, built, strict=True):
+        for q, one in zip(self._mine(len(step.microbatches)), built, strict=True):
             share = self._builder.share.of(sum(one.images_per_row))
             first = step.first_image[q] + share.start
             codes[first : first + len(one.codes)] = torch.from_numpy(one.codes)
@@ -261,6 +264,17 @@ class StepLoader:
     def _dropped_by_length(self) -> dict[str, dict[str, int]]:
         positions = self._planner_state["sources"]
         return {index.name: dict(positions[index.name][1][-1]) for index in self.indexes}
+
+
+def _check_sizes(batch_size: BatchSize, per_round: int) -> None:
+    """Raises ConfigError: some batch cannot be dealt to all ranks in whole microbatches."""
+    for size in batch_size.all:
+        if size < 1 or size % per_round:
+            key = "global_batch_size" if size == batch_size.final else "ramp_up makes a batch"
+            raise ConfigError(
+                f"training.{key}={size} is no multiple of training.micro_batch_size x data-parallel size = "
+                f"{per_round}; use e.g. {max(1, size // per_round) * per_round}"
+            )
 
 
 def load_tokenizer(data_config: DataConfig, vocab_size: int) -> Tokenizer:

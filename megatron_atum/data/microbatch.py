@@ -65,6 +65,7 @@ class Built:
     looks_ahead: list[bool]  # [b] whether tokens see the next image
     images_per_row: list[int]
     packs: list[tuple[int, int]]  # [b] id and source
+    learnt: NDArray[np.bool_] | None  # [b,S] whether a token counts in the loss as a label; None: all do
     pixels: Tensor | None  # [n,3,H,W] uint8; 0 where an image is broken. None: they lie in the ring
     codes: NDArray[np.uint8]  # [n] 0, or the image's fault: place in IMAGE_FAULTS + 1
     slot: int = 0  # of the ring
@@ -108,11 +109,14 @@ class MicrobatchBuilder:
             DataError: files are missing or are not those of the index.
         """
         ids_bS = np.full((len(packs), self.config.sequence_length), self.pad_token_id, np.int32)
+        learnt_bS = np.ones(ids_bS.shape, np.bool_) if self.config.loss_on == "assistant" else None
         lengths, places = [], []
         for row, pack in enumerate(packs):
             ids = np.concatenate([self._sample_ids(pack, place) for place in range(len(pack.samples))])
             ids_bS[row, : len(ids)] = ids
             lengths.append(len(ids))
+            if learnt_bS is not None and self.indexes[pack.source].kind == "conversations":
+                learnt_bS[row, : len(ids)] = self._is_answer(pack) & ~np.isin(ids, self._image_tokens)
             places += self._image_places(pack)
         mine = places[self.share.of(len(places))]
         if into is None:
@@ -125,6 +129,7 @@ class MicrobatchBuilder:
             looks_ahead=[self._drawn(self.config.p_next, "p_next", pack.id) for pack in packs],
             images_per_row=[pack.images for pack in packs],
             packs=[(pack.id, pack.source) for pack in packs],
+            learnt=learnt_bS,
             pixels=pixels_n3HW,
             codes=codes,
         )
@@ -135,6 +140,8 @@ class MicrobatchBuilder:
         ids_bS = torch.from_numpy(built.ids).to(torch.int64)
         mask_bS = (torch.arange(self.config.sequence_length) < torch.tensor(built.lengths)[:, None]).to(torch.int64)
         labels_bS, loss_mask_bS = shift_labels(ids_bS, mask_bS)
+        if built.learnt is not None:
+            loss_mask_bS *= torch.roll(torch.from_numpy(built.learnt), shifts=-1, dims=-1)
         return Batch(
             input_ids=ids_bS,
             labels=labels_bS,
@@ -170,11 +177,27 @@ class MicrobatchBuilder:
         for cut in pack.cuts:
             if cut.place == place:
                 ids = ids[cut.start : cut.stop]
-                whole = cut_tokens(cut.start, cut.stop, int(ids[0])) == len(ids)
+                if index.kind == "conversations":
+                    return np.append(ids, self.tokenizer.eos_id)
+                whole = cut_tokens(cut.start, cut.stop, int(ids[0]), index.kind) == len(ids)
                 return ids if whole else np.concatenate([[self.tokenizer.bos_id], ids])
         if index.kind == "pairs" and self._drawn(self.config.image_at_end, "image_at_end", pack.id, place):
             return np.concatenate([ids[:1], ids[4:-1], ids[1:4], ids[-1:]])  # <s> FAKE IMG FAKE caption </s>
         return ids
+
+    @property
+    def _image_tokens(self) -> tuple[int, int]:
+        return self.tokenizer.fake_id, self.tokenizer.image_id
+
+    def _is_answer(self, pack: Pack) -> NDArray[np.bool_]:
+        """[tokens of the pack] Whether each lies in an answer of the assistant, for a pack of conversations."""
+        stops = {cut.place: cut.stop for cut in pack.cuts}
+        masks = []
+        for place, sample in enumerate(pack.samples):
+            _, sidecar, row = self.indexes[pack.source].sample(sample)
+            mask = sidecar.answer_mask(row)
+            masks.append(np.append(mask[: stops[place]], False) if place in stops else mask)
+        return np.concatenate(masks)
 
     def _drawn(self, probability: float, *purpose: int | str) -> bool:
         return probability > 0 and Random(self.seed, *purpose).uniform() < probability

@@ -35,6 +35,19 @@ MIXTURES = {
         "obelics": Share(2.82, 3),
         "wikipedia": Share(17.18, 1),
     },
+    # The instruct models, as their card gives it: sampling ratios, taken here as shares of tokens. `pairs` are the
+    # image-text pairs of pretraining, scene_difference is General Scene Difference with Spot-the-Diff.
+    "instruct": {
+        "obelics": Share(30.7, 1),
+        "ultrachat": Share(29.1, 1),
+        "svit": Share(11.4, 1),
+        "m3it": Share(7.7, 1),
+        "llavar": Share(6.3, 1),
+        "llava_instruct": Share(5.9, 1),
+        "pairs": Share(5.1, 1),
+        "scene_difference": Share(2.1, 1),
+        "lrv": Share(1.7, 1),
+    },
 }
 NAMES = (*MIXTURES, BY_TOKENS)
 

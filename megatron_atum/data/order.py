@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_atum.data.index import SourceIndex
+from megatron_atum.data.pieces import whole_turns
 from megatron_atum.data.rng import Random
 
 SMALL = 2048  # usable samples; a source with fewer is packed several passes at a time
@@ -24,7 +25,7 @@ class Group:
     samples: NDArray[np.int64]  # [n] numbers within the source
     tokens: NDArray[np.int64]  # [n]
     images: NDArray[np.int64]  # [n]
-    dropped: dict[str, int]  # reason -> samples that are too long for a row of this run
+    dropped: dict[str, int]  # reason -> samples of which no row of this run can hold anything
 
 
 class Epoch:
@@ -48,16 +49,30 @@ class Epoch:
         index = self._index
         parts = [_usable(index, int(shard)) for shard in self._groups[number]]
         samples, tokens, images = (np.concatenate([part[place] for part in parts]) for place in range(3))
-        dropped: dict[str, int] = {}
-        if index.kind == "pairs":  # a document is cut instead
-            too_long, too_many = tokens > row_tokens, images > index.max_images
-            dropped = {"too_long": int(too_long.sum()), "too_many_images": int((too_many & ~too_long).sum())}
-            fits = ~(too_long | too_many)
-            samples, tokens, images = samples[fits], tokens[fits], images[fits]
+        too_long, too_many = tokens > row_tokens, images > index.max_images
+        if index.kind == "documents":  # they are cut instead
+            too_long, too_many = np.zeros_like(too_long), np.zeros_like(too_many)
+        elif index.kind == "conversations":
+            too_long, too_many = _without_answer(index, samples, too_long | too_many, row_tokens)
+        fits = ~(too_long | too_many)
+        dropped = {"too_long": int(too_long.sum()), "too_many_images": int((too_many & ~too_long).sum())}
+        samples, tokens, images = samples[fits], tokens[fits], images[fits]
         random = Random(self._seed, "samples", index.name, self.number, number)
         order = np.concatenate([random.permutation(len(samples)) for _ in range(self.passes)])
         left_out = {reason: count * self.passes for reason, count in dropped.items() if count}
         return Group(samples[order], tokens[order], images[order], left_out)
+
+
+def _without_answer(
+    index: SourceIndex, samples: NDArray[np.int64], too_large: NDArray[np.bool_], row_tokens: int
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which conversations have no whole answer that fits a row: for want of tokens, of images."""
+    too_long, too_many = np.zeros_like(too_large), np.zeros_like(too_large)
+    for n in np.flatnonzero(too_large).tolist():
+        _, sidecar, row = index.sample(int(samples[n]))
+        _, reason = whole_turns(*sidecar.turns(row), sidecar.image_positions(row), row_tokens, index.max_images)
+        too_long[n], too_many[n] = reason == "too_long", reason == "too_many_images"
+    return too_long, too_many
 
 
 def _usable(index: SourceIndex, shard: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -1,7 +1,8 @@
-"""A part of a document that is longer than a row: sub-sequence sampling, as Flamingo and IDEFICS do it.
+"""A part of a sample that is longer than a row.
 
-m4 training/packing.py (long documents) and DATA_DOCUMENTATION.md. Positions are places among the token ids of the
-document; an image is FAKE IMG FAKE, and consecutive images share the FAKE between them.
+Documents: sub-sequence sampling, as Flamingo and IDEFICS do it (m4 training/packing.py (long documents) and
+DATA_DOCUMENTATION.md). Positions are places among the token ids of the document; an image is FAKE IMG FAKE, and
+consecutive images share the FAKE between them. Conversations keep their first turns.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ class Piece:
     images: int
 
 
-def cut_tokens(start: int, stop: int, first_id: int) -> int:
-    """Tokens of a row that a piece takes. Args: first_id: the token id at its start."""
+def cut_tokens(start: int, stop: int, first_id: int, kind: str) -> int:
+    """Tokens of a row that a piece takes. Args: first_id: the token id at its start; kind: of its source."""
+    if kind == "conversations":
+        return stop - start + 1  # it is closed by a </s>
     return stop - start + (start > 0 and first_id != BOS_ID)
 
 
@@ -51,6 +54,27 @@ def draw_piece(tokens: int, images_p: NDArray[Any], row_tokens: int, row_images:
     if stop < tokens:
         stop, last = _trim(stop, images_p, int(last))
     return Piece(start, max(stop, start + 1), int(last - first))
+
+
+def whole_turns(
+    turn_ends: NDArray[Any], answers: NDArray[Any], images_p: NDArray[Any], row_tokens: int, row_images: int
+) -> tuple[int, str]:
+    """How much of a conversation fits a row: up to the end of an answer, since a question alone teaches no answer.
+
+    Args:
+        turn_ends: [turns] place behind the last token of each turn.
+        answers: [turns] whether a turn is one of the assistant.
+        images_p: [p] positions of the <image> tokens.
+
+    Returns:
+        Number of leading token ids, to be closed by a </s>; or 0, and why not even the first answer fits.
+    """
+    ends = turn_ends[answers].astype(np.int64)
+    short = ends + 1 <= row_tokens
+    fits = short & (np.searchsorted(images_p, ends) <= row_images)
+    if fits.any():
+        return int(ends[fits][-1]), ""
+    return 0, "too_many_images" if short.any() else "too_long"
 
 
 def images_in(images_p: NDArray[Any], start: int, stop: int) -> range:

@@ -13,6 +13,12 @@ t tokens of all of them:
     keys           [..]  u8    UTF-8
     ids            [t]   u16   token ids, <s> ... </s> (u32 where the vocabulary needs it)
 
+And of conversations, with u turns:
+
+    first_turn     [n+1] u32   turns of sample i are first_turn[i]:first_turn[i+1]
+    turn_end       [u]   u32   place behind the <end_of_utterance> of each turn among the ids of its sample
+    answer_start   [u]   u32   place behind "Assistant:"; turn_end where the turn is not the assistant's
+
 A sample with a fault is there with its key and flags, and without tokens and images.
 """
 
@@ -34,7 +40,7 @@ from safetensors.numpy import save
 from megatron_atum.data.flags import mask_of
 from megatron_atum.data.scan import BLOCK, Member, ShardScan, StoredSample
 from megatron_atum.data.storage import Storage, is_remote
-from megatron_atum.data.text import Sample, SampleFault, encode_sample, filter_flags, parse_sample
+from megatron_atum.data.text import Encoded, Sample, SampleFault, encode_sample, filter_flags, parse_sample
 from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import DataError
 
@@ -42,8 +48,8 @@ SIDECAR_VERSION = 1  # another one is indexed again; raise it whenever the same 
 SUFFIX = ".index.safetensors"  # energon writes files named SHARD.tar.idx
 MAX_MEMBER_BYTES = 2**32 - 1
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
-_TEXT_NAMES = {"documents": "json", "pairs": "txt"}
-KINDS = tuple(_TEXT_NAMES)
+TEXT_NAMES = {"documents": "json", "pairs": "txt", "conversations": "json"}  # kind -> member that holds the texts
+KINDS = tuple(TEXT_NAMES)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class SidecarInfo:
     """What a sidecar belongs to; its safetensors metadata."""
 
     version: int
-    kind: str  # documents | pairs
+    kind: str  # of KINDS
     tokenizer_sha256: str
     tar_bytes: int
     tar_sha256: str  # "" when only the headers were read
@@ -92,6 +98,20 @@ class Sidecar:
     def image_positions(self, row: int) -> NDArray[Any]:
         return self.image_position[self.first_image[row] : self.first_image[row + 1]]
 
+    def turns(self, row: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """[turns of a conversation] their ends, and which are the assistant's."""
+        part = self._turns_of(row)
+        ends = self.arrays["turn_end"][part]
+        return ends, self.arrays["answer_start"][part] < ends
+
+    def answer_mask(self, row: int) -> NDArray[np.bool_]:
+        """[tokens of a conversation] Whether a token lies in an answer, its <end_of_utterance> included."""
+        part, size = self._turns_of(row), int(self.first_token[row + 1] - self.first_token[row])
+        edges = np.zeros(size + 1, np.int8)
+        np.add.at(edges, self.arrays["answer_start"][part], 1)
+        np.add.at(edges, self.arrays["turn_end"][part], -1)
+        return edges[:-1].cumsum() > 0
+
     def text_member(self, row: int) -> Member:
         return self._member(row + int(self.first_image[row]))
 
@@ -100,6 +120,9 @@ class Sidecar:
 
     def image_members(self, row: int) -> list[Member]:
         return [self.image_member(row, number) for number in range(len(self.image_positions(row)))]
+
+    def _turns_of(self, row: int) -> slice:
+        return slice(*self.arrays["first_turn"][row : row + 2].tolist())
 
     def _member(self, place: int) -> Member:
         return Member(int(self.arrays["member_block"][place]) * BLOCK, int(self.arrays["member_size"][place]))
@@ -145,7 +168,7 @@ def read_sidecar(path: str, storage: Storage) -> Sidecar:
         info, arrays = _parse(content)
         if info.version != SIDECAR_VERSION:
             raise DataError(f"{path} has version {info.version}, not {SIDECAR_VERSION}; run tools/data/index.py again")
-        _check_lengths(arrays)
+        _check_lengths(arrays, info.kind)
         return Sidecar(info, arrays)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); restore it") from error
@@ -183,7 +206,7 @@ def _parse(content: NDArray[np.uint8]) -> tuple[SidecarInfo, dict[str, NDArray[A
     return SidecarInfo(**(metadata | numbers)), arrays
 
 
-def _check_lengths(arrays: Mapping[str, NDArray[Any]]) -> None:
+def _check_lengths(arrays: Mapping[str, NDArray[Any]], kind: str) -> None:
     """Raises ValueError: the arrays do not fit together. Their contents are compared by tools/data/validate.py."""
     n, images, tokens, keys = (
         len(arrays["flags"]),
@@ -191,6 +214,9 @@ def _check_lengths(arrays: Mapping[str, NDArray[Any]]) -> None:
     )
     wanted = {"first_token": n + 1, "first_image": n + 1, "first_key": n + 1, "image_position": images}
     wanted |= {"member_block": n + images, "member_size": n + images, "ids": tokens, "keys": keys}
+    if kind == "conversations":
+        turns = int(arrays["first_turn"][-1])
+        wanted |= {"first_turn": n + 1, "turn_end": turns, "answer_start": turns}
     for name, length in wanted.items():
         if len(arrays[name]) != length:
             raise ValueError(f"{name} has {len(arrays[name])} entries, not {length}")
@@ -226,18 +252,16 @@ class _Builder:
 
     def __init__(self, kind: str, tokenizer: Tokenizer) -> None:
         self._kind, self._tokenizer = kind, tokenizer
-        self._text_name = _TEXT_NAMES[kind]
+        self._text_name = TEXT_NAMES[kind]
         self._seen: set[str] = set()
         self._keys: list[bytes] = []
         self._flags: list[int] = []
-        self._ids: list[list[int]] = []
-        self._positions: list[list[int]] = []
+        self._encoded: list[Encoded] = []
         self._members: list[Member] = []
         self.lost_images = 0
 
     def add(self, stored: StoredSample) -> None:
-        ids: list[int] = []
-        positions: list[int] = []
+        encoded = Encoded()
         members = [Member(0, 0)]
         try:
             self._check(stored)
@@ -245,29 +269,40 @@ class _Builder:
             members = [stored.members[self._text_name], *self._image_members(stored, sample)]
             encoded = encode_sample(sample, self._tokenizer)
             flags = filter_flags(sample, encoded, self._kind)
-            ids, positions = encoded.ids, encoded.image_positions
             self.lost_images += sample.lost_images
         except SampleFault as fault:
             flags, members = mask_of([fault.reason]), members[:1]
         self._seen.add(stored.key)
         self._keys.append(stored.key.encode("utf-8", "surrogateescape"))
         self._flags.append(flags)
-        self._ids.append(ids)
-        self._positions.append(positions)
+        self._encoded.append(encoded)
         self._members += members
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        wide = self._tokenizer.image_id >= 2**16
-        return {
-            "first_token": _first(self._ids),
-            "first_image": _first(self._positions),
-            "image_position": _flat(self._positions, np.uint32),
+        chats, tokenizer = self._kind == "conversations", self._tokenizer
+        wide = (tokenizer.end_of_utterance_id if chats else tokenizer.image_id) >= 2**16
+        ids = [encoded.ids for encoded in self._encoded]
+        positions = [encoded.image_positions for encoded in self._encoded]
+        arrays = {
+            "first_token": _first(ids),
+            "first_image": _first(positions),
+            "image_position": _flat(positions, np.uint32),
             "flags": np.array(self._flags, np.uint16),
             "member_block": np.array([member.offset // BLOCK for member in self._members], np.uint32),
             "member_size": np.array([member.size for member in self._members], np.uint32),
             "first_key": _first(self._keys),
             "keys": np.frombuffer(b"".join(self._keys), np.uint8),
-            "ids": _flat(self._ids, np.uint32 if wide else np.uint16),
+            "ids": _flat(ids, np.uint32 if wide else np.uint16),
+        }
+        return arrays | self._turn_arrays() if chats else arrays
+
+    def _turn_arrays(self) -> dict[str, NDArray[Any]]:
+        ends = [encoded.turn_ends for encoded in self._encoded]
+        starts = [encoded.answer_starts for encoded in self._encoded]
+        return {
+            "first_turn": _first(ends),
+            "turn_end": _flat(ends, np.uint32),
+            "answer_start": _flat(starts, np.uint32),
         }
 
     def _check(self, stored: StoredSample) -> None:

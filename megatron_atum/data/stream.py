@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from megatron_atum.data.index import SourceIndex
 from megatron_atum.data.order import Epoch, Group
 from megatron_atum.data.packing import best_fit
-from megatron_atum.data.pieces import cut_tokens, draw_piece
+from megatron_atum.data.pieces import cut_tokens, draw_piece, images_in, whole_turns
 from megatron_atum.data.rng import Random
+from megatron_atum.data.sidecar import Sidecar
 from megatron_atum.data.tokenizer import EOS_ID
 from megatron_atum.errors import DataError
 
@@ -24,7 +25,7 @@ STREAM_VERSION = 1  # raise it whenever the same index would give other rows
 
 
 class Cut(NamedTuple):
-    """The sample at `place` of a row is only the token ids `start` to `stop` of its document."""
+    """The sample at `place` of a row is only the token ids `start` to `stop` of its document or conversation."""
 
     place: int
     start: int
@@ -152,7 +153,7 @@ class SourceStream:
     def _cut(
         self, window: Group, tokens: list[int], images: list[int], key: tuple[int, int, int]
     ) -> dict[int, tuple[int, int]]:
-        """Draws a piece of each document that is too long for a row; its tokens and images become the piece's."""
+        """A piece of each sample that is too long for a row; its tokens and images become the piece's."""
         cuts: dict[int, tuple[int, int]] = {}
         too_long = (window.tokens > self._row_tokens) | (window.images > self.index.max_images)
         if not too_long.any():
@@ -160,15 +161,28 @@ class SourceStream:
         chances = self._random("pieces", key).uniforms(len(tokens))
         for n in np.flatnonzero(too_long).tolist():
             _, sidecar, row = self.index.sample(int(window.samples[n]))
-            positions = sidecar.image_positions(row)
-            piece = draw_piece(tokens[n], positions, self._row_tokens, self.index.max_images, float(chances[n]))
-            ids, start = sidecar.sample_ids(row), piece.start
-            # A sample may hold several documents: a piece from the </s> of one begins with the next.
-            if int(ids[start]) == EOS_ID and start + 1 < piece.stop:
-                start += 1
-            cuts[n] = (start, piece.stop)
-            tokens[n], images[n] = cut_tokens(start, piece.stop, int(ids[start])), piece.images
+            if self.index.kind == "conversations":
+                cuts[n] = self._first_turns(sidecar, row)
+            else:
+                cuts[n] = self._piece(sidecar, row, float(chances[n]))
+            start, stop = cuts[n]
+            tokens[n] = cut_tokens(start, stop, int(sidecar.sample_ids(row)[start]), self.index.kind)
+            images[n] = len(images_in(sidecar.image_positions(row), start, stop))
         return cuts
+
+    def _piece(self, sidecar: Sidecar, row: int, chance: float) -> tuple[int, int]:
+        ids = sidecar.sample_ids(row)
+        positions = sidecar.image_positions(row)
+        piece = draw_piece(len(ids), positions, self._row_tokens, self.index.max_images, chance)
+        # A sample may hold several documents: a piece from the </s> of one begins with the next.
+        begins_next = int(ids[piece.start]) == EOS_ID and piece.start + 1 < piece.stop
+        return piece.start + begins_next, piece.stop
+
+    def _first_turns(self, sidecar: Sidecar, row: int) -> tuple[int, int]:
+        positions = sidecar.image_positions(row)
+        stop, reason = whole_turns(*sidecar.turns(row), positions, self._row_tokens, self.index.max_images)
+        assert not reason, "order.py leaves those out of which no turn fits"
+        return 0, stop
 
     def _random(self, what: str, key: tuple[int, int, int]) -> Random:
         return Random(self._seed, what, self.index.name, *key)

@@ -3,6 +3,9 @@
 A document is `<s> ... </s>`. One image is FAKE IMG FAKE, consecutive images share the FAKE between them. Each run of
 text is encoded on its own. A text after a text is joined to it by a space, a text after an image follows as it is,
 and spaces at both ends of the document fall away.
+
+A conversation is `<s>User: ...<end_of_utterance>\\nAssistant: ...<end_of_utterance>\\nUser: ... </s>`, with images
+where they stand (`encode_conversation`).
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from megatron_atum.data.flags import MAX_CONSECUTIVE_IMAGES, MIN_TEXT_TOKENS, mask_of
-from megatron_atum.data.tokenizer import FAKE_TOKEN, IMAGE_TOKEN, Tokenizer
+from megatron_atum.data.tokenizer import END_OF_UTTERANCE_TOKEN, FAKE_TOKEN, IMAGE_TOKEN, Tokenizer
 
 DOCUMENT_BOUNDARY = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"  # stands inside OBELICS texts where the topic changes
-SPECIAL_TEXTS = ("<s>", "</s>", "<unk>", FAKE_TOKEN, IMAGE_TOKEN, "<end_of_utterance>")
+SPECIAL_TEXTS = ("<s>", "</s>", "<unk>", FAKE_TOKEN, IMAGE_TOKEN, END_OF_UTTERANCE_TOKEN)
+SPEAKERS = {"system": "", "user": "User:", "assistant": "Assistant:"}  # role -> what its turns begin with
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: json can spell one, UTF-8 cannot
 
 
@@ -39,11 +43,20 @@ Part = str | Image
 
 
 @dataclass
+class Turn:
+    """What one side says: no text follows a text, and none begins or ends with a space."""
+
+    role: str  # of SPEAKERS
+    parts: list[Part]
+
+
+@dataclass
 class Sample:
     """Text and image places of one sample: one or more documents, and how many images were lost earlier on."""
 
-    documents: list[list[Part]]
+    documents: list[list[Part]]  # the parts of all turns, if it is a conversation
     lost_images: int = 0
+    turns: list[Turn] = field(default_factory=list)  # of a conversation
 
     @property
     def parts(self) -> list[Part]:
@@ -60,20 +73,38 @@ class Sample:
 
 @dataclass
 class Encoded:
-    """Token ids of a sample and the positions of its `<image>` tokens, in order."""
+    """Token ids of a sample, the positions of its `<image>` tokens in order, and where its turns lie."""
 
     ids: list[int] = field(default_factory=list)
     image_positions: list[int] = field(default_factory=list)
     text_tokens: int = 0  # without control and image tokens
+    turn_ends: list[int] = field(default_factory=list)  # place behind the <end_of_utterance> of each turn
+    answer_starts: list[int] = field(default_factory=list)  # behind "Assistant:"; the end of a turn that is no answer
+
+    def add(self, parts: list[Part], tokenizer: Tokenizer) -> None:
+        """Appends texts and images."""
+        after_image = False
+        for part in parts:
+            if isinstance(part, str):
+                pieces = tokenizer.encode(part)
+                self.text_tokens += len(pieces)
+                self.ids += pieces
+            else:
+                if not after_image:
+                    self.ids.append(tokenizer.fake_id)
+                self.image_positions.append(len(self.ids))
+                self.ids += [tokenizer.image_id, tokenizer.fake_id]
+            after_image = isinstance(part, Image)
 
 
 def parse_sample(raw: bytes, kind: str) -> Sample:
-    """The text member of a sample (`KEY.json` of documents, `KEY.txt` of pairs) as a Sample. Raises SampleFault."""
+    """The text member of a sample (`KEY.txt` of pairs, else `KEY.json`) as a Sample. Raises SampleFault."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SampleFault("not_utf8") from error
-    return parse_document(text) if kind == "documents" else parse_pair(text)
+    parse = {"documents": parse_document, "pairs": parse_pair, "conversations": parse_conversation}[kind]
+    return parse(text)
 
 
 def parse_pair(text: str) -> Sample:
@@ -101,6 +132,22 @@ def parse_document(text: str) -> Sample:
     return sample
 
 
+def parse_conversation(text: str) -> Sample:
+    """A `KEY.json` of a conversation. One that has no turn of the assistant counts as `no_text`."""
+    try:
+        turns = [_turn(turn["role"], turn["content"]) for turn in json.loads(text)["turns"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SampleFault("bad_json") from error
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise SampleFault("bad_json")
+    sample = Sample([[part for turn in turns for part in turn.parts]], turns=turns)
+    if any(_SURROGATE.search(text) for text in sample.texts):
+        raise SampleFault("not_utf8")
+    if not any(turn.role == "assistant" for turn in turns):
+        raise SampleFault("no_text")
+    return sample
+
+
 def document_parts(texts: list[str | None], images: list[str | None]) -> list[list[Part]]:
     """Splits a record at document boundaries and joins neighbouring texts.
 
@@ -120,24 +167,59 @@ def document_parts(texts: list[str | None], images: list[str | None]) -> list[li
 
 
 def encode_sample(sample: Sample, tokenizer: Tokenizer) -> Encoded:
-    """Token ids of all documents of a sample, each `<s> ... </s>`."""
+    """Token ids of a conversation, or of all documents of a sample, each `<s> ... </s>`."""
+    if sample.turns:
+        return encode_conversation(sample.turns, tokenizer)
     encoded = Encoded()
     for parts in sample.documents:
         encoded.ids.append(tokenizer.bos_id)
-        after_image = False
-        for part in parts:
-            if isinstance(part, str):
-                pieces = tokenizer.encode(part)
-                encoded.text_tokens += len(pieces)
-                encoded.ids += pieces
-            else:
-                if not after_image:
-                    encoded.ids.append(tokenizer.fake_id)
-                encoded.image_positions.append(len(encoded.ids))
-                encoded.ids += [tokenizer.image_id, tokenizer.fake_id]
-            after_image = isinstance(part, Image)
+        encoded.add(parts, tokenizer)
         encoded.ids.append(tokenizer.eos_id)
     return encoded
+
+
+def encode_conversation(turns: list[Turn], tokenizer: Tokenizer) -> Encoded:
+    """Token ids of turns, in the form in which the released instruct models are prompted.
+
+    Equal to what `IdeficsProcessor(text=items, add_end_of_utterance_token=False, add_eos_token=True)` gives
+    (processing_idefics.py: __call__) for items such as those of their model card: "User: What is this?", image,
+    "<end_of_utterance>", "\\nAssistant: A dog.<end_of_utterance>", "\\nUser:", image, "And this?<end_of_utterance>".
+    There is no space between an image and the text behind it. A system turn stands in front, as it is and without
+    `<end_of_utterance>`, like the prompt of the models' public demonstration; it belongs to the turn behind it.
+
+    The answer of an assistant's turn begins where its tokens leave those of the prompt "\\nAssistant:", so it is what
+    generation has to produce behind that.
+    """
+    encoded = Encoded([tokenizer.bos_id])
+    opening = turns[0].parts if turns[0].role == "system" else []
+    for turn in turns[1:] if opening else turns:
+        start = len(encoded.ids)
+        prompt = _joined(opening, ("\n" if opening or start > 1 else "") + SPEAKERS[turn.role])
+        encoded.add(_joined(prompt, *turn.parts, space=" "), tokenizer)
+        encoded.ids.append(tokenizer.end_of_utterance_id)
+        end = len(encoded.ids)
+        encoded.turn_ends.append(end)
+        if turn.role == "assistant":
+            prompted = Encoded()
+            prompted.add(prompt, tokenizer)
+            end = start + _common_prefix(prompted.ids, encoded.ids[start:])
+        encoded.answer_starts.append(end)
+        opening = []
+    encoded.ids.append(tokenizer.eos_id)
+    return encoded
+
+
+def _joined(before: list[Part], first: Part, *others: Part, space: str = "") -> list[Part]:
+    """A text at the end of `before` and a text at the start of the rest are one run of text."""
+    if before and isinstance(before[-1], str) and isinstance(first, str):
+        return [*before[:-1], f"{before[-1]}{space}{first}", *others]
+    return [*before, first, *others]
+
+
+def _common_prefix(one: list[int], other: list[int]) -> int:
+    """Tokens at the start of both."""
+    same = [a == b for a, b in zip(one, other, strict=False)]
+    return (*same, False).index(False)
 
 
 def filter_flags(sample: Sample, encoded: Encoded, kind: str) -> int:
@@ -163,6 +245,23 @@ def _document_filters(is_image: list[bool], text_tokens: int) -> list[str]:
         "few_tokens": text_tokens < MIN_TEXT_TOKENS,
     }
     return [name for name, is_met in met.items() if is_met]
+
+
+def _turn(role: object, content: object) -> Turn:
+    """Raises ValueError: an unknown role, content that is no list of texts and images, or nothing in it."""
+    if role not in SPEAKERS or not isinstance(content, list):
+        raise ValueError("no turn")
+    parts: list[Part] = []
+    for item in content:
+        if isinstance(item, str):
+            _append_text(parts, item.strip(" "))
+        elif isinstance(item, dict) and isinstance(name := item.get("image"), str) and name:
+            parts.append(Image(name))
+        else:
+            raise ValueError("no content")
+    if not parts:
+        raise ValueError("an empty turn")
+    return Turn(str(role), parts)
 
 
 def _well_formed(texts: object, images: object) -> bool:

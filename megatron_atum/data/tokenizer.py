@@ -1,4 +1,4 @@
-"""The sentencepiece tokenizer of the language model, and the two tokens added for images."""
+"""The sentencepiece tokenizer of the language model, and the tokens added to it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron_atum.errors import DataError
 
 FAKE_TOKEN = "<fake_token_around_image>"
 IMAGE_TOKEN = "<image>"
+END_OF_UTTERANCE_TOKEN = "<end_of_utterance>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 FILE_NAME = "tokenizer.model"
 
@@ -25,8 +26,9 @@ class Tokenizer:
     """Text to token ids and back.
 
     The ids of the added tokens lie above the sentencepiece vocabulary: `fake_id` = vocab_size,
-    `image_id` = vocab_size + 1. `encode` never yields them, nor `<s>` or `</s>`: a literal `</s>` in a text is
-    spelt out in ordinary pieces.
+    `image_id` = vocab_size + 1, and `end_of_utterance_id` = vocab_size + 2, which only models with
+    `model.additional_vocab_size` of 3 have. `encode` never yields them, nor `<s>` or `</s>`: a literal `</s>` in a text
+    is spelt out in ordinary pieces.
     """
 
     unk_id, bos_id, eos_id = UNK_ID, BOS_ID, EOS_ID
@@ -42,7 +44,7 @@ class Tokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{name} is not a sentencepiece model; give the language model's {FILE_NAME}") from error
         self.vocab_size = vocab_size
-        self.fake_id, self.image_id = vocab_size, vocab_size + 1
+        self.fake_id, self.image_id, self.end_of_utterance_id = vocab_size, vocab_size + 1, vocab_size + 2
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._check(name)
@@ -86,7 +88,12 @@ class Tokenizer:
                 f"tokenizer {name} has the ids {found} for <unk>, <s>, </s>, not {(UNK_ID, BOS_ID, EOS_ID)}; "
                 "train it with unk_id=0, bos_id=1, eos_id=2"
             )
-        for token, wanted in ((FAKE_TOKEN, self.fake_id), (IMAGE_TOKEN, self.image_id)):
+        added = {
+            FAKE_TOKEN: self.fake_id,
+            IMAGE_TOKEN: self.image_id,
+            END_OF_UTTERANCE_TOKEN: self.end_of_utterance_id,
+        }
+        for token, wanted in added.items():
             piece = self._pieces.piece_to_id(token)
             if piece not in (UNK_ID, wanted):  # piece_to_id answers <unk> for what is no piece
                 raise DataError(

@@ -18,7 +18,7 @@ from megatron_atum.data.keys import find_doubled_keys
 from megatron_atum.data.manifest import Manifest, ShardEntry, read_manifest
 from megatron_atum.data.processes import in_processes
 from megatron_atum.data.scan import Member, ShardScan, StoredSample
-from megatron_atum.data.sidecar import Sidecar, build_sidecar, read_sidecar, sidecar_path
+from megatron_atum.data.sidecar import TEXT_NAMES, Sidecar, build_sidecar, read_sidecar, sidecar_path
 from megatron_atum.data.storage import ForbiddenFile, MissingFile, Storage, folder_of, join, list_files
 from megatron_atum.data.text import SampleFault, parse_sample
 from megatron_atum.data.tokenizer import Tokenizer
@@ -184,7 +184,7 @@ def _compared(scan: ShardScan, sidecar: Sidecar, kind: str) -> Iterator[Fault]:
 
 def _changed(stored: StoredSample, sidecar: Sidecar, row: int, kind: str) -> str:
     """Why a sample is not as it was when it was indexed, or "". What its texts say is not compared."""
-    text_name = "json" if kind == "documents" else "txt"
+    text_name = TEXT_NAMES[kind]
     if stored.cut_off:
         return "cut_off"
     if text_name not in stored.texts:
@@ -218,9 +218,13 @@ def _tokenised(entry: ShardEntry, sidecar: Sidecar, fresh: Sidecar) -> Iterator[
 
 
 def _same_ids(one: Sidecar, one_row: int, other: Sidecar, other_row: int) -> bool:
-    return np.array_equal(one.sample_ids(one_row), other.sample_ids(other_row)) and np.array_equal(
-        one.image_positions(one_row), other.image_positions(other_row)
-    )
+    same = [
+        np.array_equal(one.sample_ids(one_row), other.sample_ids(other_row)),
+        np.array_equal(one.image_positions(one_row), other.image_positions(other_row)),
+    ]
+    if one.info.kind == "conversations":
+        same.append(np.array_equal(one.answer_mask(one_row), other.answer_mask(other_row)))
+    return all(same)
 
 
 def _images(entry: ShardEntry, sidecar: Sidecar, storage: Storage) -> Iterator[Fault]:

@@ -41,7 +41,9 @@ def open_validation(data_config: DataConfig, global_batch_size: int, **placement
     """
     found = {}
     for source in data_config.validation:
-        config = replace(data_config, sources=[source], validation=[], augment=False, p_next=0.0, image_at_end=0.0)
+        config = replace(
+            data_config, sources=[source], validation=[], augment=False, p_next=0.0, image_at_end=0.0, workers=0
+        )
         loader = StepLoader(config, seed=SEED, global_batch_size=global_batch_size, **placement)
         found[source.name] = ValidationSet(loader, -(-data_config.validation_packs // global_batch_size))
     return found

@@ -5,6 +5,7 @@ Legend: S sequence, B batch, A heads of this rank, D head width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_atum.model.recompute import RecomputesInside
 
 
 def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -28,7 +31,7 @@ def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, **options: 
         return F.scaled_dot_product_attention(query, key, value, **options)
 
 
-class TorchAttention(MegatronModule):
+class TorchAttention(RecomputesInside, MegatronModule):
     """softmax(q k^T / sqrt(D)) v. Takes the arguments with which megatron-core builds a core attention."""
 
     def __init__(
@@ -59,15 +62,14 @@ class TorchAttention(MegatronModule):
             [S,B,A*D]
         """
         mask_type = attn_mask_type or self.attn_mask_type
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
-        out_BASD = dot_product_attention(
-            query,
-            key,
-            value,
+        attend = partial(
+            dot_product_attention,
             attn_mask=None if attention_mask is None else ~attention_mask,
             is_causal=attention_mask is None and mask_type == AttnMaskType.causal,
             scale=self.softmax_scale,
         )
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
+        out_BASD = self.inside(attend, query, key, value)
         return out_BASD.permute(2, 0, 1, 3).flatten(2)
 
 

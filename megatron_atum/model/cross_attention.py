@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from megatron_atum.config.schema import ModelConfig
@@ -17,11 +17,12 @@ from megatron_atum.model.image_attention import AttentionPlan, attend
 from megatron_atum.model.language import mlp_spec
 from megatron_atum.model.linear import column_linear, row_linear
 from megatron_atum.model.norm import RMSNorm
+from megatron_atum.model.recompute import RecomputesInside
 from megatron_atum.parallel.gradients import mark_replicated
 from megatron_atum.parallel.groups import ProcessGroups
 
 
-class CrossAttention(MegatronModule):
+class CrossAttention(RecomputesInside, MegatronModule):
     """Heads split over tensor ranks, no rotary embedding, no bias (HF: IdeficsAttention, is_cross_attention).
 
     Keys and values come from latents that the stage has put into the tensor-parallel region once for all of its
@@ -47,7 +48,7 @@ class CrossAttention(MegatronModule):
         key_KLAD, value_KLAD = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if self.qk_norm:
             query_SbAD, key_KLAD = self.query_norm(query_SbAD), self.key_norm(key_KLAD)
-        out_SbAD = attend(query_SbAD, key_KLAD, value_KLAD, plan)
+        out_SbAD = self.inside(attend, query_SbAD, key_KLAD, value_KLAD, plan)
         # Without a bias, the output of a token that sees no image stays exactly 0: this is the gate.
         return self.output(out_SbAD.flatten(2))[0]
 
@@ -60,8 +61,7 @@ class GatedCrossAttentionLayer(MegatronModule):
         self.input_norm = RMSNorm(config, model.hidden_size, model.norm_eps)
         self.attention = CrossAttention(config, model, groups)
         self.post_attention_norm = RMSNorm(config, model.hidden_size, model.norm_eps)
-        spec = mlp_spec()
-        self.mlp = MLP(config, spec.submodules, ffn_hidden_size=model.intermediate_size, tp_group=groups.tensor)
+        self.mlp = build_module(mlp_spec(groups.tensor), config)
         width = 1 if model.alpha_type == "float" else model.hidden_size
         self.alpha_attention = self._alpha(config, width)
         self.alpha_mlp = self._alpha(config, width)

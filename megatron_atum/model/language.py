@@ -5,9 +5,11 @@ Legend: S sequence, B batch, H width, A heads of this rank, D head width.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -21,23 +23,85 @@ from torch import Tensor, nn
 
 from megatron_atum.model.attention import TorchAttention
 from megatron_atum.model.norm import RMSNorm
+from megatron_atum.model.recompute import RecomputesInside
+
+Rotation = tuple[Tensor, Tensor]  # cosine and sine of `RotaryFrequencies`
 
 
 class MultiHeadSelfAttention(SelfAttention):
-    """megatron-core's self-attention for as many key heads as query heads.
+    """megatron-core's self-attention for as many key heads as query heads, in training.
 
-    Its own split of the fused projection cannot infer a shape when the batch is empty (a rank without images).
+    Its own split of the fused projection cannot infer a shape when the batch is empty (a rank without images), and it
+    computes sines and cosines again in each layer.
     """
 
-    def get_query_key_value_tensors(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """[S,B,H] -> query, key, value, each [S,B,A,D]; per head they lie side by side in the projection."""
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb: Rotation | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S,B,H] (under sequence parallelism a rank's part of S) -> the same shape, and a bias to be added."""
         mixed, _ = self.linear_qkv(hidden_states)
-        by_head = mixed.unflatten(-1, (self.num_attention_heads_per_partition, 3 * self.hidden_size_per_attention_head))
-        query, key, value = by_head.chunk(3, dim=-1)
-        return query, key, value
+        # per head, query, key and value lie side by side in the projection
+        by_head = (self.num_attention_heads_per_partition, 3, self.hidden_size_per_attention_head)
+        mixed_SBA3D = mixed.unflatten(-1, by_head)
+        if rotary_pos_emb is None:
+            query, key, value = mixed_SBA3D.unbind(-2)
+        else:
+            query, key, value = _SplitAndRotate.apply(mixed_SBA3D, *rotary_pos_emb)
+        attended = self.core_attention(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
+        return self.linear_proj(attended)
 
 
-def layer_submodules(norm: type[nn.Module], mask_type: AttnMaskType) -> TransformerLayerSubmodules:
+class _SplitAndRotate(torch.autograd.Function):
+    """Queries, keys and values, the first two rotated. Backward writes one gradient for the three."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed_SBA3D: Tensor, cos_SB1D: Tensor, sin_SB1D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos_SB1D, sin_SB1D)
+        query, key, value = mixed_SBA3D.unbind(-2)
+        return rotate(query, cos_SB1D, sin_SB1D), rotate(key, cos_SB1D, sin_SB1D), value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        query, key, value = gradients
+        cos_SB1D, sin_SB1D = ctx.saved_tensors
+        back_SB1D = -sin_SB1D
+        turned = (rotate(query, cos_SB1D, back_SB1D), rotate(key, cos_SB1D, back_SB1D), value)
+        return torch.stack(turned, dim=-2), None, None
+
+
+def rotate(x_SBAD: Tensor, cos_SB1D: Tensor, sin_SB1D: Tensor) -> Tensor:
+    """Rotary embedding, half-split convention. The sine is that of `RotaryFrequencies`, its sign in it."""
+    first, second = x_SBAD.chunk(2, dim=-1)
+    return torch.addcmul(x_SBAD * cos_SB1D, torch.cat((second, first), dim=-1), sin_SB1D)
+
+
+class RecomputingMLP(RecomputesInside, MLP):
+    """megatron-core's MLP, without its fusions and experts; what lies between its two projections can be recomputed.
+
+    The second projection keeps its input if it trains.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, submodules: MLPSubmodules, tensor_group: dist.ProcessGroup, **_: Any
+    ) -> None:
+        super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=tensor_group)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        return self.linear_fc2(self.inside(self._widen, hidden_states))
+
+    def _widen(self, hidden_states: Tensor) -> Tensor:
+        wide, bias = self.linear_fc1(hidden_states)
+        if bias is not None:
+            wide = wide + bias
+        if not self.config.gated_linear_unit:
+            return self.activation_func(wide)
+        gate, up = wide.chunk(2, dim=-1)
+        return self.activation_func(gate) * up
+
+
+def layer_submodules(
+    norm: type[nn.Module], mask_type: AttnMaskType, tensor_group: dist.ProcessGroup
+) -> TransformerLayerSubmodules:
     """Pre-norm attention and MLP, the shape that LLaMA and CLIP share."""
     return TransformerLayerSubmodules(
         input_layernorm=norm,
@@ -50,14 +114,18 @@ def layer_submodules(norm: type[nn.Module], mask_type: AttnMaskType) -> Transfor
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=norm,
-        mlp=mlp_spec(),
+        mlp=mlp_spec(tensor_group),
         mlp_bda=get_bias_dropout_add,
     )
 
 
-def mlp_spec() -> ModuleSpec:
-    return ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def mlp_spec(tensor_group: dist.ProcessGroup) -> Any:
+    """What a ModuleSpec has, without being one: to a spec of a class it does not know, megatron-core gives no group
+    and a warning."""
+    return SimpleNamespace(
+        module=RecomputingMLP,
+        params={"tensor_group": tensor_group},
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
     )
 
 
@@ -71,7 +139,7 @@ def decoder_layer(
     """
     return TransformerLayer(
         config,
-        layer_submodules(RMSNorm, AttnMaskType.causal),
+        layer_submodules(RMSNorm, AttnMaskType.causal, collection.tp),
         layer_number=number_in_chunk + 1,
         pg_collection=collection,
         vp_stage=virtual_rank,
@@ -79,7 +147,7 @@ def decoder_layer(
 
 
 class RotaryFrequencies(nn.Module):
-    """Angles of rotary embeddings for arbitrary positions, half-split convention (HF: IdeficsRotaryEmbedding)."""
+    """Rotary embeddings for arbitrary positions, half-split convention (HF: IdeficsRotaryEmbedding)."""
 
     inv_freq: Tensor
 
@@ -89,8 +157,9 @@ class RotaryFrequencies(nn.Module):
         # A plain attribute, not a buffer: casting the model to bf16 must not round the frequencies.
         self.inv_freq = 1.0 / theta**exponent
 
-    def forward(self, position_ids_BS: Tensor) -> Tensor:
-        """[B,S] int64 -> [S,B,1,D] fp32, as megatron-core's attention takes it."""
+    def forward(self, position_ids_BS: Tensor, dtype: torch.dtype) -> Rotation:
+        """[B,S] int64 -> cosine and sine, each [S,B,1,D]; the sine is negative in the first half of D."""
         self.inv_freq = self.inv_freq.to(position_ids_BS.device)
-        angles_SBD = position_ids_BS.t().to(torch.float32)[:, :, None] * self.inv_freq
-        return torch.cat((angles_SBD, angles_SBD), dim=-1)[:, :, None, :]
+        angles_SB1d = (position_ids_BS.t().to(torch.float32)[:, :, None] * self.inv_freq)[:, :, None, :]
+        cos, sin = angles_SB1d.cos(), angles_SB1d.sin()
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)

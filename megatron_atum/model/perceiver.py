@@ -9,6 +9,8 @@ Legend: N images, P vision tokens, L latents, V embedding width, A heads of this
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -22,6 +24,7 @@ from megatron_atum.model.attention import dot_product_attention
 from megatron_atum.model.configs import perceiver_config
 from megatron_atum.model.linear import column_linear, row_linear
 from megatron_atum.model.norm import LayerNorm
+from megatron_atum.model.recompute import checkpointed
 from megatron_atum.parallel.gradients import mark_replicated
 from megatron_atum.parallel.groups import ProcessGroups
 
@@ -93,9 +96,13 @@ class PerceiverBlock(MegatronModule):
 class PerceiverResampler(MegatronModule):
     """Vision states [N,P,V] to latents [N,L,V] (HF: IdeficsPerceiverResampler). N may be 0."""
 
-    def __init__(self, model: ModelConfig, groups: ProcessGroups, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: ProcessGroups, dtype: torch.dtype, *, recompute: bool = False
+    ) -> None:
+        """recompute: keep the inputs of each block only."""
         config = perceiver_config(model, groups.layout, dtype)
         super().__init__(config=config)
+        self.recompute = recompute
         latents = nn.Parameter(torch.empty(model.perceiver.num_latents, model.vision.embed_dim, dtype=dtype))
         self.latents = mark_replicated(latents, sum_gradient=False)
         self.blocks = nn.ModuleList(PerceiverBlock(config, model, groups) for _ in range(model.perceiver.depth))
@@ -104,5 +111,6 @@ class PerceiverResampler(MegatronModule):
     def forward(self, context_NPV: Tensor) -> Tensor:
         latents_NLV = self.latents.expand(context_NPV.shape[0], -1, -1)
         for block in self.blocks:
-            latents_NLV = block(context_NPV, latents_NLV)
+            run = partial(checkpointed, block) if self.recompute else block
+            latents_NLV = run(context_NPV, latents_NLV)
         return self.final_norm(latents_NLV)

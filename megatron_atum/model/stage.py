@@ -6,21 +6,24 @@ V latent width.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megatron_atum.config.schema import ModelConfig
+from megatron_atum.config.schema import ModelConfig, TrainingConfig
 from megatron_atum.model.configs import decoder_config
 from megatron_atum.model.cross_attention import GatedCrossAttentionLayer
 from megatron_atum.model.freeze import freeze
 from megatron_atum.model.image_attention import select_latents
 from megatron_atum.model.inputs import StageInput
-from megatron_atum.model.language import RotaryFrequencies, decoder_layer
+from megatron_atum.model.language import RotaryFrequencies, Rotation, decoder_layer
 from megatron_atum.model.linear import mark_split_weights
 from megatron_atum.model.norm import RMSNorm
 from megatron_atum.model.perceiver import PerceiverResampler
+from megatron_atum.model.recompute import Recompute, checkpointed, select
 from megatron_atum.model.stage_tensor import carry, pack, spread, unpack
 from megatron_atum.model.vision import VisionTransformer
 from megatron_atum.model.vocabulary import DecoupledEmbedding, DecoupledHead, log_sum_exp_and_target
@@ -35,10 +38,19 @@ class AtumStage(MegatronModule):
     Its forward takes a `StageInput`, and the stage tensor of the stage before through `set_input_tensor`.
     """
 
-    def __init__(self, model: ModelConfig, groups: ProcessGroups, chunk: Chunk, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        groups: ProcessGroups,
+        chunk: Chunk,
+        dtype: torch.dtype,
+        training: TrainingConfig | None = None,
+    ) -> None:
+        """training: says what backward recomputes; None: nothing."""
         config = decoder_config(model, groups.layout, dtype)
         super().__init__(config=config)
         self.model, self.groups, self.chunk = model, groups, chunk
+        self.recompute = Recompute.from_config(training)
         # Names that megatron-core's schedules and gradient finalisation read.
         self.pre_process, self.post_process = chunk.is_first, chunk.is_last
         self.vp_stage = chunk.virtual_rank if groups.layout.virtual_pipeline > 1 else None
@@ -48,8 +60,8 @@ class AtumStage(MegatronModule):
 
         if chunk.is_first:
             self.embedding = DecoupledEmbedding(config, model, groups)
-            self.vision = VisionTransformer(model, groups, dtype)
-            self.perceiver = PerceiverResampler(model, groups, dtype)
+            self.vision = VisionTransformer(model, groups, dtype, recompute=self.recompute.full)
+            self.perceiver = PerceiverResampler(model, groups, dtype, recompute=self.recompute.full)
         self.cross_attention_layers = nn.ModuleDict(
             {str(u): GatedCrossAttentionLayer(config, model, groups) for u in chunk.units}
         )
@@ -63,6 +75,8 @@ class AtumStage(MegatronModule):
             self.final_norm = RMSNorm(config, model.hidden_size, model.norm_eps)
             self.head = DecoupledHead(config, model, groups)
         self.rotary = RotaryFrequencies(model.hidden_size // model.num_heads, model.rope_theta)
+        if self.recompute.kind == "selective":
+            select((self.cross_attention_layers, self.decoder_layers))
         mark_split_weights(self)
         check_marked(self)
         freeze(self, model.freeze)
@@ -108,17 +122,32 @@ class AtumStage(MegatronModule):
     def _decode(self, hidden_sbH: Tensor, rows_rbH: Tensor, batch: StageInput) -> Tensor:
         size = (batch.num_images, self.model.perceiver.num_latents, self.model.vision.embed_dim)
         latents_KLV = select_latents(spread(rows_rbH, size, self.groups), batch.plan)
-        rotary_SbD = self.rotary(batch.position_ids)
-        for layer in self.layers_of_chunk():
+        rotation = self.rotary(batch.position_ids, self.config.params_dtype)
+        for layers, recomputed in self.recompute.pieces(self.layers_of_chunk()):
+            run = partial(self._run, layers, batch, rotation)
+            hidden_sbH = (partial(checkpointed, run) if recomputed else run)(hidden_sbH, latents_KLV)
+        return hidden_sbH
+
+    def _run(
+        self, layers: range, batch: StageInput, rotation: Rotation, hidden_sbH: Tensor, latents_KLV: Tensor
+    ) -> Tensor:
+        """Some decoder layers, with the cross-attention in front of them."""
+        for layer in layers:
             unit, place = divmod(layer, self.model.cross_layer_interval)
             if place == 0:
                 hidden_sbH = self.cross_attention_layers[str(unit)](hidden_sbH, latents_KLV, batch.plan)
             hidden_sbH, _ = self.decoder_layers[str(layer)](
-                hidden_sbH, attention_mask=batch.causal_mask, rotary_pos_emb=rotary_SbD
+                hidden_sbH, attention_mask=batch.causal_mask, rotary_pos_emb=rotation
             )
         return hidden_sbH
 
 
-def build_stages(model: ModelConfig, groups: ProcessGroups, dtype: torch.dtype) -> list[AtumStage]:
-    """The chunks of this rank, in virtual order, with uninitialised weights."""
-    return [AtumStage(model, groups, chunk, dtype) for chunk in groups.chunks]
+def build_stages(
+    model: ModelConfig, groups: ProcessGroups, dtype: torch.dtype, training: TrainingConfig | None = None
+) -> list[AtumStage]:
+    """The chunks of this rank, in virtual order, with uninitialised weights.
+
+    Args:
+        training: says what backward recomputes; None: nothing.
+    """
+    return [AtumStage(model, groups, chunk, dtype, training) for chunk in groups.chunks]

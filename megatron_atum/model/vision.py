@@ -9,6 +9,8 @@ Legend: n images of this rank, N images of the microbatch, P patch tokens incl. 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -23,6 +25,7 @@ from megatron_atum.errors import DataError
 from megatron_atum.model.configs import vision_config
 from megatron_atum.model.language import layer_submodules
 from megatron_atum.model.norm import LayerNorm
+from megatron_atum.model.recompute import checkpointed
 from megatron_atum.parallel.gradients import mark_replicated
 from megatron_atum.parallel.groups import ProcessGroups
 
@@ -33,9 +36,13 @@ class VisionTransformer(MegatronModule):
     `post_layernorm` belongs to the checkpoint only: nothing uses its output, so it never trains.
     """
 
-    def __init__(self, model: ModelConfig, groups: ProcessGroups, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: ProcessGroups, dtype: torch.dtype, *, recompute: bool = False
+    ) -> None:
+        """recompute: keep the input of each layer only, where the tower trains."""
         config = vision_config(model, dtype)
         super().__init__(config=config)
+        self.recompute = recompute
         v = model.vision
         self.settings = v
         self.groups = groups
@@ -44,7 +51,7 @@ class VisionTransformer(MegatronModule):
         self.class_embedding = nn.Parameter(torch.empty(v.embed_dim))
         self.position_embedding = nn.Parameter(torch.empty(self.grid**2 + 1, v.embed_dim))
         self.pre_layernorm = LayerNorm(config, v.embed_dim, v.norm_eps)
-        submodules = layer_submodules(LayerNorm, AttnMaskType.no_mask)
+        submodules = layer_submodules(LayerNorm, AttnMaskType.no_mask, groups.alone.tp)
         self.layers = nn.ModuleList(
             TransformerLayer(config, submodules, layer_number=n + 1, pg_collection=groups.alone)
             for n in range(v.num_layers)
@@ -65,7 +72,8 @@ class VisionTransformer(MegatronModule):
         hidden_nPV = self.pre_layernorm(hidden_nPV + self._positions(rows, columns, pixels_nCHW.shape[-2:]))
         hidden_PnV = hidden_nPV.transpose(0, 1).contiguous()
         for layer in self.layers:
-            hidden_PnV, _ = layer(hidden_PnV, attention_mask=None)
+            run = partial(checkpointed, layer) if self.recompute else layer
+            hidden_PnV, _ = run(hidden_PnV, None)
         return hidden_PnV.transpose(0, 1)
 
     def _positions(self, rows: int, columns: int, size: torch.Size) -> Tensor:

@@ -108,6 +108,8 @@ class DecoupledHead(MegatronModule):
         self.share = padded // groups.layout.tensor
         self.start = self.share * groups.tensor_rank
         self.is_last = groups.tensor_rank == groups.layout.tensor - 1
+        has_padding = self.start + self.share > self.vocab_size
+        self.has_foreign = has_padding or (self.added is not None and not self.is_last)
 
     def forward(self, hidden_sbH: Tensor) -> Tensor:
         """[s,b,H] -> logits of this rank's columns [S,b,C]."""
@@ -116,8 +118,9 @@ class DecoupledHead(MegatronModule):
         logits, _ = self.base(hidden_SbH)
         if self.added is not None:
             logits = torch.cat((logits, nn.functional.linear(hidden_SbH, self.added())), dim=-1)
-        foreign_C = self._foreign_columns(logits.device)
-        return logits.masked_fill(foreign_C, float("-inf"))
+        if not self.has_foreign:
+            return logits
+        return logits.masked_fill(self._foreign_columns(logits.device), float("-inf"))
 
     def _gather(self, hidden_sbH: Tensor) -> Tensor:
         return gather_from_sequence_parallel_region(
@@ -158,7 +161,7 @@ class _LogSumExpAndTarget(torch.autograd.Function):
         scores = logits.float()
         largest = scores.amax(-1)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        total = (scores - largest[..., None]).exp().sum(-1)
+        total = (scores - largest[..., None]).exp_().sum(-1)
         is_here = column >= 0
         target = torch.where(is_here, scores.gather(-1, column.clamp(min=0)[..., None]).squeeze(-1), 0.0)
         both = torch.stack((total, target))
@@ -172,7 +175,7 @@ class _LogSumExpAndTarget(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         grad_log_sum_exp, grad_target = gradients
         logits, column, log_sum_exp = ctx.saved_tensors
-        grad = (logits.float() - log_sum_exp[..., None]).exp_() * grad_log_sum_exp[..., None]
+        grad = (logits.float() - log_sum_exp[..., None]).exp_().mul_(grad_log_sum_exp[..., None])
         here = torch.where(column >= 0, grad_target, 0.0)[..., None]
         grad.scatter_add_(-1, column.clamp(min=0)[..., None], here)
         return grad.to(logits.dtype), None, None

@@ -4,11 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from megatron_atum.config.schema import TrainingConfig
+
+# Peak of dense bf16 matrix products in FLOP/s, by a part of the device's name; the first that matches counts. From
+# NVIDIA's data sheets, halved where they give the figure with sparsity (which doubles it).
+_PEAK_BF16 = {
+    "GB200": 2500e12,  # GB200 NVL72: 360 PFLOPS with sparsity for 72
+    "B200": 2250e12,  # HGX B200: 36 PFLOPS with sparsity for 8
+    "GH200": 990e12,  # GH200 Grace Hopper Superchip: 1,979 TFLOPS with sparsity
+    "H200 NVL": 835e12,  # H200: NVL 1,671 TFLOPS with sparsity
+    "H200": 989e12,  # H200: SXM 1,979 TFLOPS with sparsity
+    "H100 NVL": 835e12,  # H100: NVL 1,671 TFLOPS with sparsity
+    "H100 PCIe": 756e12,  # H100 PCIe (product brief): 1,513 TFLOPS with sparsity
+    "H100": 989e12,  # H100: SXM 1,979 TFLOPS with sparsity
+    "H800": 989e12,  # an H100 SXM with slower NVLink
+    "A100": 312e12,  # A100: 312 TFLOPS, SXM and PCIe
+    "A800": 312e12,  # an A100 with slower NVLink
+    "A10G": 70e12,  # A10G: 70 TFLOPS
+    "A10": 125e12,  # A10: 125 TFLOPS
+    "A30": 165e12,  # A30: 165 TFLOPS
+    "A40": 149.7e12,  # A40: 149.7 TFLOPS
+    "L40S": 362e12,  # L40S: 362 TFLOPS
+    "L40": 181e12,  # L40: 181 TFLOPS
+    "L4": 121e12,  # L4: 242 TFLOPS with sparsity
+}
 
 
 def has_accelerator() -> bool:
@@ -58,3 +83,33 @@ def beside_training() -> Iterator[None]:
     torch.cuda.set_device(device())
     with torch.cuda.stream(torch.cuda.Stream()):
         yield
+
+
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """FLOP/s that this process's device can do at most in dense matrix products; None where it is not known.
+
+    Only for bf16 and fp16: what fp32 reaches depends on whether products may round to TF32.
+    """
+    if not has_accelerator() or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    words = torch.cuda.get_device_name(device()).replace("-", " ").split()
+    if "MIG" in words:  # a part of a device
+        return None
+    name = f" {' '.join(words)} "
+    return next((peak for part, peak in _PEAK_BF16.items() if f" {part} " in name), None)
+
+
+def memory_gib() -> float:
+    """Most memory that tensors have taken on the device at once; on a CPU, that the process has taken."""
+    if has_accelerator():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB
+
+
+def profiler_activities() -> list[ProfilerActivity]:
+    """What torch's profiler can record here."""
+    return [ProfilerActivity.CPU, ProfilerActivity.CUDA] if has_accelerator() else [ProfilerActivity.CPU]
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name(device()) if has_accelerator() else "CPU process"

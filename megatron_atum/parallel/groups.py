@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,7 @@ class ProcessGroups:
     data: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     host: dist.ProcessGroup  # all ranks, over gloo: for the thread that reads data (training/feed.py), and it alone
+    control: dist.ProcessGroup  # the same for the training thread, where what is said is no tensor of the device
     collection: ProcessGroupCollection  # what megatron-core's modules take
     alone: ProcessGroupCollection  # the same with a tensor group of this rank only, for modules that are not split
 
@@ -49,6 +52,20 @@ class ProcessGroups:
 TIMEOUT_S = 600.0  # of a collective, in every group
 
 
+def set_timeout(timeout_s: float) -> None:
+    """Collectives of all groups of this process that begin from here on fail after so many seconds."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
+
+
+def keep_flight_record(folder: Path) -> None:
+    """NCCL's watchdog writes the last collectives of each rank there when one times out. Before groups exist."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # 0 would record nothing
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl-flight-record-rank-"))
+
+
 def start_distributed(timeout_s: float = TIMEOUT_S) -> None:
     """Join the default process group from torchrun's environment (a single process needs no environment)."""
     if dist.is_initialized():
@@ -65,15 +82,16 @@ def start_distributed(timeout_s: float = TIMEOUT_S) -> None:
         dist.init_process_group(backend(), timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
 
 
-def build_groups(layout: ParallelLayout, seed: int = 1) -> ProcessGroups:
+def build_groups(layout: ParallelLayout, seed: int = 1, timeout_s: float = TIMEOUT_S) -> ProcessGroups:
     """Create the groups of a layout. Collective over all ranks; the default process group must exist."""
+    timeout = datetime.timedelta(seconds=timeout_s)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=int(TIMEOUT_S // 60),
+        distributed_timeout_minutes=max(1, math.ceil(timeout_s / 60)),
     )
     install_cpu_rng()
     with emulated_cuda():
@@ -92,11 +110,13 @@ def build_groups(layout: ParallelLayout, seed: int = 1) -> ProcessGroups:
         tensor=collection.tp,
         data=collection.dp,
         pipeline=collection.pp,
-        host=dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S)),
+        host=dist.new_group(backend="gloo", timeout=timeout),
+        control=dist.new_group(backend="gloo", timeout=timeout),
         collection=collection,
         alone=alone,
     )
     _check_coordinates(groups)
+    set_timeout(timeout_s)  # megatron-core takes whole minutes
     return groups
 
 

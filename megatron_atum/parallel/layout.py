@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_atum.config.schema import Config
+from megatron_atum.config.schema import Config, TrainingConfig
 from megatron_atum.errors import ConfigError
 
 
@@ -218,3 +218,22 @@ def _check_batch(config: Config, layout: ParallelLayout) -> None:
             f"the interleaved schedule needs the {microbatches} microbatches of a step to be a multiple of "
             f"parallel.pipeline={layout.pipeline}; training.global_batch_size={fit} would work"
         )
+    _check_ramp_up(training, rows * (layout.pipeline if layout.virtual_pipeline > 1 else 1))
+
+
+def _check_ramp_up(training: TrainingConfig, unit: int) -> None:
+    """Every batch on the way to global_batch_size must be a multiple of `unit`, as that is."""
+    ramp, final = training.ramp_up, training.global_batch_size
+    if not ramp.start or not (ramp.start % unit or ramp.increment % unit):
+        return
+    if final == unit:
+        works = "training.ramp_up.start=0 (no ramp-up)"
+    else:
+        start = min(final - unit, max(unit, ramp.start // unit * unit))
+        increment = _divisors((final - start) // unit, max(1, ramp.increment // unit))[-1] * unit
+        works = f"training.ramp_up.start={start} with training.ramp_up.increment={increment}"
+    raise ConfigError(
+        f"training.ramp_up makes batches of {ramp.start}, {ramp.start + ramp.increment}, ... rows, and each must be a "
+        f"multiple of {unit} as training.global_batch_size is (microbatch x data-parallel ranks, and x stages under "
+        f"the interleaved schedule); {works} would work"
+    )

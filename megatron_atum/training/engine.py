@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_atum.batch import Batch
-from megatron_atum.checkpoint.optimizer_state import inner_optimizers
+from megatron_atum.checkpoint.optimizer_state import inner_optimizers, parts_of
 from megatron_atum.config.schema import Config
-from megatron_atum.flops import Work, model_flops
+from megatron_atum.flops import Work, executed_flops, model_flops
 from megatron_atum.model.inputs import StageInput, prepare, stage_rows
 from megatron_atum.model.stage import build_stages
 from megatron_atum.parallel.cpu_compat import emulated_cuda
 from megatron_atum.parallel.device import device, training_dtype
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.parallel.schedule import run_schedule
-from megatron_atum.training.loss import LossSettings, loss_function, loss_settings, report_sums
+from megatron_atum.parallel.stopwatch import Stopwatch
+from megatron_atum.training.loss import (
+    LossSettings,
+    loss_function,
+    loss_settings,
+    own_report,
+    read_report,
+)
 from megatron_atum.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -30,27 +40,42 @@ from megatron_atum.training.optimizer import (
 )
 from megatron_atum.training.reach import ReachCheck
 
+# (to be summed over ranks, to be kept by rank), under the same names on all ranks
+Tell = Callable[[], tuple[Mapping[str, float], Mapping[str, float]]]
+
 
 @dataclass(frozen=True)
 class StepResult:
-    losses: dict[str, float]  # loss, z_loss, loss/<source>; equal on every rank
+    """Gradients of a step, judged by nobody yet. Equal on every rank."""
+
+    losses: dict[str, float]  # loss, z_loss, loss/<source>
     grad_norm: float
-    lr: float  # that the step was taken with
+    lr: float  # that the step is taken with
     images: int  # over all data-parallel ranks
+    text_tokens: int  # real tokens without those of images
+    real_tokens: int  # positions that are no padding
+    sums: dict[str, float]  # of what ranks told
+    per_rank: dict[str, list[float]]  # what ranks told, and forward_s
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, [*self.losses.values(), self.grad_norm]))
 
 
 class Engine:
     """Model, data parallelism, optimizer and schedule of this rank.
 
     Weights must be filled (checkpoint/weights.py) before `build_optimizer`: the optimizer takes
-    its fp32 copies from them.
+    its fp32 copies from them. A step is `compute`, then `apply` or not.
     """
 
     def __init__(self, config: Config, groups: ProcessGroups) -> None:
         self.config, self.groups = config, groups
         self.device, self.dtype = device(), training_dtype(config.training)
         self.sources = tuple(source.name for source in config.data.sources)
-        self.stages = [stage.to(self.device) for stage in build_stages(config.model, groups, self.dtype)]
+        stages = build_stages(config.model, groups, self.dtype, config.training)
+        self.stages = [stage.to(self.device) for stage in stages]
+        self.forward_watch, self.optimizer_watch = Stopwatch(), Stopwatch()
 
     def build_optimizer(self, overrides: dict[Any, Any] | None = None) -> None:
         """overrides: further groups of parameters with settings of their own (`build_optimizer` of optimizer.py)."""
@@ -62,23 +87,75 @@ class Engine:
 
     def step(self, batches: list[Batch]) -> StepResult:
         """Forward, backward, reduce, clip, update. Collective over all ranks."""
+        result = self.compute(batches)
+        self.apply(result)
+        return result
+
+    def compute(self, batches: list[Batch], tell: Tell = lambda: ({}, {})) -> StepResult:
+        """Losses, and gradients ready to be applied. Collective over all ranks.
+
+        Args:
+            tell: numbers of this rank, asked for when all gradients are there, that travel with the losses.
+        """
         settings, reports = self.forward_backward(batches)
-        lr = learning_rate(self.optimizer)
         with emulated_cuda():
-            _, grad_norm, _ = self.optimizer.step()
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+        sums, per_rank = tell()
+        per_rank = {**per_rank, "grad_norm": grad_norm, "forward_s": self.forward_watch.take()}
+        report = own_report(reports, settings.sources, self.groups, self.device)
+        losses, sums, table = self._exchange(report, settings.sources, sums, per_rank)
+        return StepResult(
+            losses=losses,
+            # The largest: where ranks disagree, one of them has seen something that is not finite.
+            grad_norm=max(table.pop("grad_norm"), key=lambda norm: (not math.isfinite(norm), norm)),
+            lr=learning_rate(self.optimizer),
+            images=settings.images,
+            text_tokens=int(settings.z_tokens),
+            real_tokens=settings.real_tokens,
+            sums=sums,
+            per_rank=table,
+        )
+
+    def apply(self, result: StepResult) -> None:
+        """Clip the gradients of `compute` and update the weights."""
+        with emulated_cuda(), self.optimizer_watch.running():
+            for part in parts_of(self.optimizer):  # as megatron-core's ChainedOptimizer.step clips
+                if part.config.clip_grad > 0.0:
+                    clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, result.grad_norm)
+            self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
-        losses = report_sums(reports, settings, self.groups, self.device)
-        return StepResult(losses, float(grad_norm or 0.0), lr, settings.images)
 
     def forward_backward(self, batches: list[Batch]) -> tuple[LossSettings, list[Tensor]]:
         """Gradients of a step, reduced. Returns what `report_sums` needs."""
+        self.forget_gradients()
+        settings = loss_settings(batches, self.config.training, self.groups, self.sources, self.device)
+        inputs = prepare(batches, self.config.model, self.groups, self.device, self.dtype)
+        reports = self._run(inputs, partial(_timed_forward_step, self.forward_watch, settings), self.chunks)
+        return settings, reports
+
+    def forget_gradients(self) -> None:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        settings = loss_settings(batches, self.config.training, self.groups, self.sources, self.device)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch], sources: tuple[str, ...]) -> Tensor:
+        """This rank's part of the report (loss.py: own_report) of batches with these sources. No gradients.
+
+        Collective over the ranks of a pipeline and their data-parallel peers.
+        """
+        settings = loss_settings(batches, self.config.training, self.groups, sources, self.device)
         inputs = prepare(batches, self.config.model, self.groups, self.device, self.dtype)
-        reports = self._run(inputs, partial(_forward_step, settings), self.chunks)
-        return settings, reports
+        reports = self._run(inputs, partial(_forward_step, settings), self.chunks, forward_only=True)
+        return own_report(reports, sources, self.groups, self.device)
+
+    def row_losses(self, batches: list[Batch]) -> list[list[float]]:
+        """Mean loss of each row of each microbatch on ranks of the last stage; empty elsewhere. No gradients."""
+        inputs = prepare(batches, self.config.model, self.groups, self.device, self.dtype)
+        with torch.no_grad():
+            found = self._run(inputs, _row_loss_step, self.stages, forward_only=True, collect=True)
+        return [losses.tolist() for losses in found]
 
     def logits(self, batches: list[Batch]) -> list[Tensor]:
         """[b,S,V+A] of each microbatch on ranks of the last stage; empty elsewhere. No gradients."""
@@ -86,10 +163,16 @@ class Engine:
         with torch.no_grad():
             return self._run(inputs, _logits_step, self.stages, forward_only=True, collect=True)
 
-    def model_flops(self, tokens: int, images: int) -> int:
-        """Model FLOPs of a step over all ranks (flops.py). tokens: positions computed, padding included."""
-        length = self.config.data.sequence_length
-        return model_flops(self.config.model, Work(tokens // length, length, images)).total
+    def flops(self, tokens: int, images: int) -> tuple[int, int]:
+        """Model FLOPs and executed FLOPs of a step over all ranks (flops.py).
+
+        Args:
+            tokens: positions computed, padding included.
+        """
+        length, training = self.config.data.sequence_length, self.config.training
+        work = Work(tokens // length, length, images)
+        executed = executed_flops(self.config.model, work, training.recompute)
+        return model_flops(self.config.model, work).total, executed.total
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
@@ -106,6 +189,23 @@ class Engine:
             **options,
         )
 
+    def _exchange(
+        self, report: Tensor, sources: tuple[str, ...], sums: Mapping[str, float], per_rank: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, list[float]]]:
+        """Losses, sums, and a column of numbers by rank, in one all-reduce over all ranks."""
+        size, rank = self.groups.layout.world_size, self.groups.rank
+        table = torch.zeros(len(per_rank), size, dtype=torch.float64)
+        table[:, rank] = torch.tensor(list(per_rank.values()), dtype=torch.float64)
+        mine = torch.cat((torch.tensor(list(sums.values()), dtype=torch.float64), table.flatten()))
+        values = torch.cat((report, mine.to(report.device)))
+        dist.all_reduce(values)
+        numbers = values.tolist()
+        after_report = numbers[len(report) :]
+        after_sums = after_report[len(sums) :]
+        columns = {name: after_sums[place * size : (place + 1) * size] for place, name in enumerate(per_rank)}
+        losses = read_report(numbers[: len(report)], sources)
+        return losses, dict(zip(sums, after_report, strict=False)), columns
+
     def _check_reach(self) -> None:
         if self._reach is not None:
             self._reach()
@@ -115,6 +215,22 @@ class Engine:
 def _forward_step(settings: LossSettings, inputs: Iterator[StageInput], chunk: Any) -> tuple[Tensor, Any]:
     batch = next(inputs)
     return chunk(batch), loss_function(settings, batch)
+
+
+def _timed_forward_step(
+    watch: Stopwatch, settings: LossSettings, inputs: Iterator[StageInput], chunk: Any
+) -> tuple[Tensor, Any]:
+    with watch.running():
+        return _forward_step(settings, inputs, chunk)
+
+
+def _row_loss_step(inputs: Iterator[StageInput], stage: Any) -> tuple[Tensor, Any]:
+    batch = next(inputs)
+
+    def mean_losses(output: Tensor, non_loss_data: bool) -> Tensor:
+        return (output[0] * batch.loss_mask).sum(-1) / batch.loss_mask.sum(-1).clamp(min=1.0)
+
+    return stage(batch), mean_losses
 
 
 def _logits_step(inputs: Iterator[StageInput], stage: Any) -> tuple[Tensor, Any]:

@@ -18,6 +18,7 @@ from megatron_atum.data.loader import StepLoader
 from megatron_atum.parallel.agreement import largest_codes, together
 from megatron_atum.parallel.device import device
 from megatron_atum.parallel.groups import ProcessGroups
+from megatron_atum.parallel.liveness import DATA_THREAD
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class StepFeed:
         self._report = loader.fault_report()
         if steps > 0:
             together(loader.start)  # processes are made by the main thread
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=DATA_THREAD)
         self._next: Future[_Fetched] | None = None
         self._fetch_next()
 
@@ -50,6 +51,12 @@ class StepFeed:
         self._state, self._report = fetched.state, fetched.report
         self._fetch_next()
         return fetched.data
+
+    def more(self, steps: int) -> None:
+        """So many more steps will be asked for than were said before."""
+        self._left += steps
+        if self._next is None:
+            self._fetch_next()
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last step handed out. The same on every rank."""
@@ -65,8 +72,11 @@ class StepFeed:
         self._loader.close()
 
     def _fetch_next(self) -> None:
-        self._next = self._thread.submit(self._fetch) if self._left > 0 else None
-        self._left -= 1
+        if self._left > 0:
+            self._next = self._thread.submit(self._fetch)
+            self._left -= 1
+        else:
+            self._next = None
 
     def _fetch(self) -> _Fetched:
         data = self._loader.next_step(self._agree)

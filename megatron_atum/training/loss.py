@@ -28,6 +28,7 @@ class LossSettings:
     tokens: float  # positions of the step that count in the cross entropy, over all data-parallel ranks
     z_tokens: float  # positions that count in the z-loss
     images: int  # of the step, over all data-parallel ranks
+    real_tokens: int  # positions that are no padding
     z_weight: float
     per_microbatch_mean: bool  # training.loss_normalization=idefics
     microbatches: int  # of one data-parallel rank
@@ -48,20 +49,26 @@ def loss_settings(
     device: torch.device,
 ) -> LossSettings:
     """Count the step's tokens and images. Collective over the data-parallel group."""
-    sums = [(batch.loss_mask.sum(), batch.z_mask.sum(), batch.num_images) for batch in batches]
+    sums = [(batch.loss_mask.sum(), batch.z_mask.sum(), batch.num_images, _real_tokens(batch)) for batch in batches]
     counts = torch.tensor(sums, dtype=torch.float64).sum(0).to(device)
     dist.all_reduce(counts, group=groups.data)
-    tokens, z_tokens, images = counts.tolist()
+    tokens, z_tokens, images, real_tokens = counts.tolist()
     return LossSettings(
         tokens=tokens,
         z_tokens=z_tokens,
         images=int(images),
+        real_tokens=int(real_tokens),
         z_weight=config.z_loss,
         per_microbatch_mean=config.loss_normalization == "idefics",
         microbatches=len(batches),
         data_parallel=groups.layout.data,
         sources=sources,
     )
+
+
+def _real_tokens(batch: Batch) -> Tensor:
+    """Positions count up from 0 over the real tokens of a row, wherever its padding stands."""
+    return (batch.position_ids.amax(1) + 1).sum()
 
 
 def loss_function(settings: LossSettings, batch: StageInput) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -108,13 +115,23 @@ def report_sums(
     Args:
         reports: of this rank's microbatches; empty on ranks that hold no last stage.
     """
-    total = torch.zeros(2 + 2 * len(settings.sources), dtype=torch.float64, device=device)
+    total = own_report(reports, settings.sources, groups, device)
+    dist.all_reduce(total)
+    return read_report(total.tolist(), settings.sources)
+
+
+def own_report(reports: list[Tensor], sources: tuple[str, ...], groups: ProcessGroups, device: torch.device) -> Tensor:
+    """What this rank adds to the report of a step, [2 + 2 x sources] fp64: to be summed over all ranks."""
+    total = torch.zeros(2 + 2 * len(sources), dtype=torch.float64, device=device)
     if reports and groups.tensor_rank == 0:  # tensor ranks hold copies
         total += torch.stack(reports).sum(0)
-    dist.all_reduce(total)
-    values = total.tolist()
+    return total
+
+
+def read_report(values: list[float], sources: tuple[str, ...]) -> dict[str, float]:
+    """Losses from a summed report: loss, z_loss, and loss/<source> of the sources that were there."""
     losses = {"loss": values[0], "z_loss": values[1]}
-    for place, name in enumerate(settings.sources):
+    for place, name in enumerate(sources):
         nll_sum, count = values[2 + 2 * place : 4 + 2 * place]
         if count:
             losses[f"loss/{name}"] = nll_sum / count

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_atum.checkpoint.assets import OF_A_TOKENIZER, read_assets
 from megatron_atum.checkpoint.folder import damaged, newest_complete, silent, step_folders
-from megatron_atum.checkpoint.hf_folder import IdeficsFolder, check_same_model
+from megatron_atum.checkpoint.hf_folder import IdeficsFolder, check_start
 from megatron_atum.checkpoint.run_checkpoint import check_resumable
 from megatron_atum.checkpoint.stored import RunState, StoredCheckpoint, find_checkpoint, read_state
 from megatron_atum.config.loader import to_yaml
@@ -24,6 +24,10 @@ from megatron_atum.data.validation import ValidationSet, check_held_out, open_va
 from megatron_atum.errors import CheckpointError, ConfigError
 from megatron_atum.parallel.agreement import check_equal, together
 from megatron_atum.parallel.layout import ParallelLayout
+from megatron_atum.training.parameter_groups import check_groups
+from megatron_atum.training.profiling import check_profile
+from megatron_atum.training.rollback import Rollback, data_position, read_rollbacks
+from megatron_atum.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Start:
     run_folder: Path
     resume: RunState | None  # go on from this checkpoint
     weights: IdeficsFolder | StoredCheckpoint | None  # or start from these; neither: drawn from the seed
+    rollbacks: tuple[Rollback, ...] = ()  # that the run has behind it
     lock: IO[str] | None = None  # rank 0's, of the run folder; it keeps other runs out while it is open
 
     @property
@@ -67,16 +72,21 @@ class Start:
         elif isinstance(self.weights, IdeficsFolder):
             found = read_assets(self.weights.path)
         ours = self.loader.tokenizer.model
-        if found.get(FILE_NAME, ours) != ours:  # files made from another tokenizer would be wrong
+        added = self.config.model.additional_vocab_size
+        other = self.weights is not None and self.weights.model.additional_vocab_size != added
+        if other or found.get(FILE_NAME, ours) != ours:  # files of another tokenizer would be wrong
             found = {name: content for name, content in found.items() if name not in OF_A_TOKENIZER}
         return found | {FILE_NAME: ours}
 
 
-def prepare_start(config: Config, world_size: int, rank: int, without: Collection[Path] = ()) -> Start:
+def prepare_start(
+    config: Config, world_size: int, rank: int, without: Collection[Path] = (), *, goes_on: bool = True
+) -> Start:
     """Check configuration, data and checkpoints for one rank.
 
     Args:
         without: checkpoints of this run that do not count.
+        goes_on: whether the run is to be continued; if not, it may begin anywhere.
 
     Raises:
         ConfigError, DataError, CheckpointError: naming key or file, and the fix.
@@ -92,15 +102,23 @@ def prepare_start(config: Config, world_size: int, rank: int, without: Collectio
             "have arrived, mend them, or start anew with another logging.run"
         )
     resume, weights = _find_weights(config, newest)
-    _check_goes_on(config, newest, resume)
+    if goes_on:
+        _check_goes_on(config, newest, resume)
     if resume is not None:
         check_resumable(resume, config)
     if weights is not None:
-        check_same_model(place_of(weights), weights.model, config.model)
+        drawn = check_start(place_of(weights), weights.model, config.model)
+        if drawn and rank == 0:
+            print(drawn, flush=True)
+    check_groups(config)
+    check_profile(config, world_size)
+    if rank == 0:
+        check_trackers(config)
     loader, validation = _open_data(config, layout, rank)
+    rollbacks = read_rollbacks(run_folder, resume.step if resume else 0)
     if resume is not None:
-        loader.load_state_dict(resume.data)
-    return Start(config, layout, loader, validation, run_folder, resume, weights)
+        loader.load_state_dict(data_position(rollbacks, resume.step, resume.data))
+    return Start(config, layout, loader, validation, run_folder, resume, weights, tuple(rollbacks))
 
 
 def confirm_start(start: Start, rank: int) -> Start:
@@ -225,7 +243,7 @@ def _open_data(config: Config, layout: ParallelLayout, rank: int) -> tuple[StepL
         "encodes_images": pipeline_rank == 0,
         "pad_token_id": config.model.pad_token_id,
     }
-    loader = StepLoader(config.data, seed=config.training.seed, **placement)
+    loader = StepLoader(config.data, seed=config.training.seed, ramp_up=config.training.ramp_up, **placement)
     validation = open_validation(config.data, **placement)
     check_held_out(loader, validation)
     return loader, validation

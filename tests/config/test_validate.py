@@ -12,6 +12,7 @@ from megatron_atum.config.validate import _CHOICES, _NOT_NEGATIVE, _POSITIVE, va
 from megatron_atum.errors import ConfigError
 
 SOURCE = "{name: a, shards: x}"
+NEEDED = {"optimizer.schedule=wsd": ["optimizer.wsd_steps=1000"]}  # what a choice does not work without
 
 
 def refusal(overrides: list[str]) -> str:
@@ -33,7 +34,7 @@ def test_choices(key: str) -> None:
     assert key in message
     for choice in _CHOICES[key]:
         assert choice in message
-        load_config(None, [f"{key}={choice}"])
+        load_config(None, [f"{key}={choice}", *NEEDED.get(f"{key}={choice}", [])])
 
 
 def test_a_near_choice_is_suggested() -> None:
@@ -77,6 +78,15 @@ def test_the_rules_name_keys_that_exist() -> None:
         (["optimizer.min_lr=1.0"], "optimizer.min_lr"),
         (["optimizer.warmup_steps=500000"], "optimizer.warmup_steps"),
         (["optimizer.decay_steps=1"], "optimizer.warmup_steps"),
+        (["optimizer.schedule=wsd"], "optimizer.wsd_steps"),
+        (["optimizer.schedule=wsd", "optimizer.wsd_steps=498001"], "optimizer.wsd_steps"),
+        (
+            ["optimizer.schedule=wsd", "optimizer.decay_steps=9", "optimizer.warmup_steps=8", "optimizer.wsd_steps=2"],
+            "optimizer.wsd_steps",
+        ),
+        (["training.ramp_up={start: 3584, increment: 1, rows: 9}"], "training.ramp_up.start"),
+        (["training.ramp_up={start: 84, increment: 1000, rows: 9}"], "training.ramp_up.increment"),
+        (["training.ramp_up={start: 84, increment: 9999, rows: 9}"], "training.ramp_up.increment"),
     ],
 )
 def test_suggested_values_work(overrides: list[str], key: str) -> None:
@@ -94,6 +104,36 @@ def test_overlapped_gather_names_what_it_needs(lacking: str) -> None:
     assert "optimizer.overlap_param_gather" in message
     needed = re.findall(r"optimizer\.\w+=true", message)
     load_config(None, [*overrides, *needed])
+
+
+def test_the_default_of_the_overlapped_gather_never_stands_in_the_way() -> None:
+    assert load_config(None, []).optimizer.overlap_param_gather is None
+    load_config(None, ["optimizer.distributed=false", "optimizer.overlap_grad_reduce=false"])
+
+
+def test_the_fall_of_wsd_may_take_all_steps_behind_the_warm_up() -> None:
+    load_config(None, ["optimizer.schedule=wsd", "optimizer.wsd_steps=498000"])
+    load_config(None, ["optimizer.wsd_steps=498001"])  # of no other schedule
+
+
+@pytest.mark.parametrize("name", ["start", "increment", "rows"])
+def test_a_ramp_up_is_given_whole_or_not_at_all(name: str) -> None:
+    whole = {"start": 84, "increment": 100, "rows": 5000}
+    for value in (-1, 0):
+        ramp = ", ".join(f"{key}: {number}" for key, number in (whole | {name: value}).items())
+        if (name, value) == ("start", 0):
+            load_config(None, [f"training.ramp_up={{{ramp}}}"])
+        else:
+            message = refusal([f"training.ramp_up={{{ramp}}}"])
+            assert f"training.ramp_up.{name}={value}: must be at least 1" in message
+
+
+@pytest.mark.parametrize("name", ["lr_scale", "weight_decay_scale"])
+def test_scales_of_parameter_groups(name: str) -> None:
+    for value in ("-0.1", ".inf", ".nan"):
+        message = refusal([f"optimizer.groups=[{{match: a}}, {{match: b, {name}: {value}}}]"])
+        assert f"optimizer.groups[1].{name}=" in message
+    load_config(None, [f"optimizer.groups=[{{match: a, {name}: 0}}, {{match: b, {name}: 2.5}}]"])
 
 
 @pytest.mark.parametrize("tower", ["text", "vision"])
@@ -164,3 +204,12 @@ def test_a_configuration_built_in_python_is_checked_alike() -> None:
 def test_values_outside_their_range_are_refused_by_name(override: str) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize("section", ["sources", "validation"])
+def test_conversations_need_a_third_added_token(section: str) -> None:
+    source = f"data.{section}=[{{name: a, shards: x, kind: conversations}}]"
+    message = refusal([source])
+    assert "model.additional_vocab_size=2" in message and f"data.{section}[0]" in message
+    assert "model.additional_vocab_size=3 would work" in message
+    load_config(None, [source, "model.additional_vocab_size=3"])

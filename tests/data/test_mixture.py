@@ -9,6 +9,18 @@ from megatron_atum.errors import ConfigError
 
 PUBLISHED = {"obelics": 0.7385, "wikipedia": 0.0615, "laion": 0.1718, "pmd": 0.0282}
 
+INSTRUCT = {
+    "ultrachat": 29.1,
+    "obelics": 30.7,
+    "svit": 11.4,
+    "m3it": 7.7,
+    "llavar": 6.3,
+    "llava_instruct": 5.9,
+    "pairs": 5.1,
+    "scene_difference": 2.1,
+    "lrv": 1.7,
+}
+
 
 def sources(*names: str, **changes: float | None) -> list[SourceConfig]:
     return [SourceConfig(name, "x", **changes) for name in names]  # type: ignore[arg-type]
@@ -43,7 +55,12 @@ def test_draft_card_has_the_same_numbers_against_other_names() -> None:
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_presets_are_complete(mixture: str) -> None:
     assert sum(share.tokens for share in MIXTURES[mixture].values()) == pytest.approx(100)
-    assert set(MIXTURES[mixture]) == set(PUBLISHED)
+    assert set(MIXTURES[mixture]) == (set(INSTRUCT) if mixture == "instruct" else set(PUBLISHED))
+
+
+def test_the_mixture_of_the_instruct_models() -> None:
+    found = shares(sources(*INSTRUCT), "instruct", {})
+    assert found == pytest.approx({name: share / 100 for name, share in INSTRUCT.items()})
 
 
 def test_weights_of_its_own_go_before_the_mixture() -> None:

@@ -134,7 +134,7 @@ def install(points: Points) -> None:
     """Count what a run of pretrain_atum.py does. This process is used for nothing else."""
     from megatron_atum.checkpoint import run_checkpoint, tensor_file
     from megatron_atum.checkpoint.run_checkpoint import RunCheckpoint
-    from megatron_atum.training import metrics, trainer
+    from megatron_atum.training import metrics, run_log, trainer
     from megatron_atum.training.engine import Engine
 
     points.watch_files()
@@ -157,8 +157,9 @@ def install(points: Points) -> None:
     points.around(RunCheckpoint, "load", "start: loading")
     points.around(metrics.MetricsFile, "resume_after", "start: cutting the metrics")
     points.around(Engine, "forward_backward", "step: backward")
-    points.around(Engine, "step", "step: step")
-    points.around(trainer.Trainer, "_log", "step: logging")
+    points.around(Engine, "compute", "step: gradients")
+    points.around(Engine, "apply", "step: update")
+    points.around(run_log.RunLog, "step", "step: logging")
     points.around(trainer.Trainer, "_tell", "save: telling")
 
 
@@ -168,16 +169,15 @@ def hold_up_saves(rank: int) -> None:
     from megatron_atum.training.engine import Engine
 
     moved = threading.Event()
-    write, wait, step, start = RunCheckpoint._write_files, RunCheckpoint.wait, Engine.step, RunCheckpoint._start
+    write, wait, step, start = RunCheckpoint._write_files, RunCheckpoint.wait, Engine.apply, RunCheckpoint._start
 
     def starting(self: Any, *args: Any) -> Any:
         moved.clear()
         return start(self, *args)
 
-    def stepping(self: Any, batches: Any) -> Any:
-        result = step(self, batches)
+    def stepping(self: Any, result: Any) -> None:
+        step(self, result)
         moved.set()
-        return result
 
     def waiting(self: Any) -> Any:  # there may be no next step
         moved.set()
@@ -188,7 +188,7 @@ def hold_up_saves(rank: int) -> None:
         return write(self, job)
 
     RunCheckpoint._start, RunCheckpoint._write_files = starting, writing  # type: ignore
-    RunCheckpoint.wait, Engine.step = waiting, stepping  # type: ignore
+    RunCheckpoint.wait, Engine.apply = waiting, stepping  # type: ignore
 
 
 def _count_halves(points: Points, writer: Any, metrics: Any) -> None:

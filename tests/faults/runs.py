@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import runpy
 import signal
 import sys
@@ -43,6 +44,8 @@ SMALL = [
     f"logging.run={RUN}",
     "logging.progress=false",
 ]
+# What the machine decides, and not the run.
+OF_THE_CLOCK = re.compile(r"_s$|_tflops$|_per_s|^slowest_|^memory_gib$|^joules$|^mfu$")
 FROZEN = "model.freeze={text: true, vision: true, lm_head: true}"
 
 
@@ -103,7 +106,7 @@ def events_of(root: Path, name: str) -> list[dict[str, Any]]:
 def numbers_of(root: Path) -> list[dict[str, Any]]:
     """Everything of every step but what the clock decides."""
     return [
-        {key: value for key, value in line.items() if not key.endswith(("_s", "_tflops")) and "_per_s" not in key}
+        {key: value for key, value in line.items() if not OF_THE_CLOCK.search(key)}
         for line in lines_of(root)
         if "event" not in line
     ]
@@ -123,7 +126,11 @@ def train(
     if hook is not None:
         hook(rank)
     sys.argv = ["pretrain_atum.py", *overrides, f"logging.root={root}"]
-    runpy.run_path(str(ROOT / "pretrain_atum.py"), run_name="__main__")
+    try:
+        runpy.run_path(str(ROOT / "pretrain_atum.py"), run_name="__main__")
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(int(end.code or 0))
     (Path(root) / f"points-{rank}.json").write_text(json.dumps(points.order))
 
 
@@ -132,18 +139,19 @@ def _draw_each_step() -> None:
     from megatron_atum.parallel.random_state import get_cuda_rng_tracker
     from megatron_atum.training.engine import Engine
 
-    step = Engine.step
+    compute = Engine.compute
 
-    def drawing(self: Engine, batches: Any) -> Any:
-        result = step(self, batches)
+    def drawing(self: Engine, *arguments: Any) -> Any:
+        result = compute(self, *arguments)
         with get_cuda_rng_tracker().fork():
             tracked = torch.rand(()).item()
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, [torch.rand(()).item(), tracked])
-        result.losses.update({f"drawn/{rank}": values for rank, values in enumerate(everyone)})
+        drawn = {f"drawn/{rank}/{n}": x for rank, values in enumerate(everyone) for n, x in enumerate(values)}
+        result.losses.update(drawn)
         return result
 
-    Engine.step = drawing  # type: ignore[method-assign]
+    Engine.compute = drawing  # type: ignore[method-assign]
 
 
 # In the test ---------------------------------------------------------------------------------------------------------
@@ -218,7 +226,7 @@ def _watch(
         if time.monotonic() > deadline:
             raise _hang("the run", processes, [r for r, p in enumerate(processes) if p.exitcode is None], logs)
         if any(process.exitcode for process in processes):
-            gentle = all(process.exitcode in (None, 0, 2) for process in processes)  # all ranks end by themselves
+            gentle = all(process.exitcode in (None, 0, 2, 85) for process in processes)  # all ranks end by themselves
             if not gentle:
                 time.sleep(outlive_s)
                 break

@@ -69,16 +69,16 @@ def kill_the_worker(rank: int) -> None:
     """After the second step, from outside, as the kernel does when memory runs out."""
     from megatron_atum.training.engine import Engine
 
-    step, done = Engine.step, []
+    compute, done = Engine.compute, []
 
-    def stepped(self: Engine, batches: Any) -> Any:
+    def computed(self: Engine, *arguments: Any) -> Any:
         done.append(1)
         if rank == 1 and len(done) == 2:
             for child in psutil.Process().children():
                 os.kill(child.pid, signal.SIGKILL)
-        return step(self, batches)
+        return compute(self, *arguments)
 
-    Engine.step = stepped  # type: ignore[method-assign]
+    Engine.compute = computed  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

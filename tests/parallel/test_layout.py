@@ -211,3 +211,47 @@ def test_sequence_lengths_matter_under_sequence_parallelism_only() -> None:
     layout(1, "data.sequence_length=47")
     with pytest.raises(ConfigError):
         layout(2, "parallel.tensor=2", "data.sequence_length=47")
+
+
+# Ramp-up of the batch size -------------------------------------------------------------------------------------------
+
+INTERLEAVED = ("parallel.pipeline=4", "parallel.virtual_pipeline=2", SIXTEEN_LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "unit"),
+    [
+        (1, (), 1),
+        (4, ("training.micro_batch_size=2",), 8),
+        (8, ("parallel.tensor=2", "parallel.pipeline=2"), 2),
+        (8, INTERLEAVED, 8),
+        (24, (*INTERLEAVED, "training.micro_batch_size=4"), 96),  # no room for a ramp-up
+    ],
+)
+@pytest.mark.parametrize("start", [1, 8, 12, 16, 90])
+@pytest.mark.parametrize("increment", [1, 4, 8, 24, 80])
+def test_every_batch_of_a_ramp_up_is_dealt_evenly(
+    world_size: int, overrides: tuple[str, ...], unit: int, start: int, increment: int
+) -> None:
+    """Refused or not, what is said to work does, and leads to the global batch."""
+    batch = ("training.global_batch_size=96", *overrides)
+
+    def build(start: int, increment: int) -> None:
+        ramp = (f"training.ramp_up.start={start}", f"training.ramp_up.increment={increment}")
+        layout(world_size, *batch, *ramp)
+
+    if start % unit == 0 and increment % unit == 0:
+        build(start, increment)
+        return
+    with pytest.raises(ConfigError, match=r"training\.ramp_up") as error:
+        build(start, increment)
+    message = str(error.value)
+    assert f"multiple of {unit} " in message
+    if unit == 96:
+        assert "training.ramp_up.start=0 (no ramp-up) would work" in message
+        return
+    found = re.search(r"ramp_up\.start=(\d+) with training\.ramp_up\.increment=(\d+) would work", message)
+    assert found is not None
+    fit_start, fit_increment = int(found[1]), int(found[2])
+    assert 0 < fit_start < 96 and (96 - fit_start) % fit_increment == 0
+    build(fit_start, fit_increment)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_atum.checkpoint.assets import OF_A_TOKENIZER
 from megatron_atum.checkpoint.draw import Drawn
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.stored import write_weights
@@ -92,6 +93,18 @@ def test_weights_come_from_a_folder_of_either_format(
     assert assets["tokenizer.model"] == (data / "tokenizer.model").read_bytes()
     assert ("tokenizer_config.json" in assets) == (kind == "atum")
     assert (begun.checkpoint is None) == (kind == "hf")
+
+
+@pytest.mark.parametrize("kind", ["hf", "atum", "alone"])
+def test_a_base_model_starts_an_instruct_model(
+    kind: str, data: Path, weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It lacks one token, and so do the tokenizer's files that came with it."""
+    begun = start(data, tmp_path, f"checkpoint.init={weights[kind]}", "model.additional_vocab_size=3")
+    assert "has 2 added tokens, and this model 3: row 3 is drawn" in capsys.readouterr().out
+    assert "tokenizer.model" in begun.assets() and not begun.assets().keys() & set(OF_A_TOKENIZER)
+    start(data, tmp_path, f"checkpoint.init={weights[kind]}")
+    assert "drawn" not in capsys.readouterr().out
 
 
 def test_nothing_to_start_from(data: Path, tmp_path: Path) -> None:

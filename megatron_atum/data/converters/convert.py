@@ -29,15 +29,13 @@ from megatron_atum.data.converters.parts import Part, find_parts
 from megatron_atum.data.converters.reach import Reach
 from megatron_atum.data.converters.reencode import ImageLimits, ImageProblem, reencode
 from megatron_atum.data.converters.workers import Failed, Message, Progress, Report, run_parts
-from megatron_atum.data.shards import DocumentRecord, PairRecord, write_shard
+from megatron_atum.data.shards import ConversationRecord, PairRecord, Record, write_shard
 from megatron_atum.errors import DataError
 
 VERSION = 2
 SUMMARY = "conversion.json"
 AHEAD = 16  # images on their way per thread: one slow server must not hold up the others
 REPORT_S = 1.0
-
-Record = DocumentRecord | PairRecord
 
 
 @dataclass(frozen=True)
@@ -249,6 +247,8 @@ class _OneShard:
 def _size(record: Record) -> int:
     if isinstance(record, PairRecord):
         return len(record.image) + len(record.text)
+    if isinstance(record, ConversationRecord):
+        return sum(len(item) for _, content in record.turns for item in content)
     return sum(len(image) for image in record.images if image) + sum(len(text) for text in record.texts if text)
 
 

@@ -48,7 +48,7 @@ class Documents:
         fault = places_fault(texts, paths)
         if fault is not None:
             return Dropped(fault)
-        images = [None if path is None else _image(folder, path) for path in paths]
+        images = [None if path is None else local_or_url(folder, path) for path in paths]
         return DocumentDraft(key, texts, images, self.source, _meta(row), self.require_image)
 
 
@@ -62,7 +62,8 @@ def _from_parts(parts: object) -> tuple[Any, Any] | None:
     return [text for text, _ in places], [image for _, image in places]
 
 
-def _image(folder: str, path: str) -> ImageSource:
+def local_or_url(folder: str, path: str) -> ImageSource:
+    """An image by its path below a folder, or by its URL."""
     if path.startswith(("http://", "https://")):
         return Url(path)
     return LocalFile(folder, path) if path else Lost("no_such_file")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from megatron_atum.data.converters.fetch import Fetcher, read_inside
 from megatron_atum.data.converters.parts import Part
 from megatron_atum.data.converters.reencode import ImageProblem
-from megatron_atum.data.shards import DocumentRecord, PairRecord
+from megatron_atum.data.shards import ConversationRecord, DocumentRecord, PairRecord
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,33 @@ class PairDraft:
         return PairRecord(self.key, image, self.text, self.meta)
 
 
-Draft = DocumentDraft | PairDraft
+@dataclass
+class ConversationDraft:
+    """An image that is lost takes its conversation with it: what is said about it would be invented."""
+
+    key: str
+    turns: list[tuple[str, list[str | ImageSource]]]  # role, then texts and images in their order
+    source: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def sources(self) -> list[ImageSource]:
+        return [item for _, content in self.turns for item in content if not isinstance(item, str)]
+
+    def finish(self, images: list[bytes | Lost]) -> ConversationRecord | Dropped:
+        for image in images:
+            if isinstance(image, Lost):
+                return Dropped(image.reason)
+        found = iter(image for image in images if isinstance(image, bytes))
+        turns: list[tuple[str, list[str | bytes]]] = [
+            (role, [item if isinstance(item, str) else next(found) for item in content]) for role, content in self.turns
+        ]
+        texts = [item for _, content in self.turns for item in content if isinstance(item, str)]
+        if not _writable(texts, self.meta):
+            return Dropped("bad_unicode")
+        return ConversationRecord(self.key, turns, self.source, self.meta)
+
+
+Draft = DocumentDraft | PairDraft | ConversationDraft
 
 
 class Source(Protocol):

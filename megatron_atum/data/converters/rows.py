@@ -1,4 +1,4 @@
-"""Rows of parquet, Arrow and JSONL files, one after the other in bounded memory."""
+"""Rows of parquet, Arrow, JSONL and JSON files, one after the other; all but JSON in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from megatron_atum.errors import ConfigError, DataError
 
 PARQUET, ARROW, JSONL = (".parquet",), (".arrow",), (".jsonl", ".jsonl.gz", ".json.gz", ".ndjson", ".ndjson.gz")
+JSON = (".json",)  # one list of objects; or, as many call it, JSONL
 ROW_SUFFIXES = PARQUET + ARROW + JSONL
 BATCH_ROWS = 128  # with the images in the rows, some ten megabytes
 
@@ -46,7 +47,8 @@ def is_rows(name: str) -> bool:
 
 def _reader(path: str) -> Any:
     name = path.lower()
-    for suffixes, reader in ((PARQUET, _parquet_rows), (ARROW, _arrow_rows), (JSONL, _jsonl_rows)):
+    readers = ((PARQUET, _parquet_rows), (ARROW, _arrow_rows), (JSONL, _jsonl_rows), (JSON, _json_rows))
+    for suffixes, reader in readers:
         if name.endswith(suffixes):
             return reader
     raise DataError(f"{path}: unknown kind of file; use {', '.join(ROW_SUFFIXES)}")
@@ -81,6 +83,19 @@ def _jsonl_rows(path: str, columns: Sequence[str], optional: Sequence[str]) -> I
     opened = gzip.open if path.lower().endswith(".gz") else open
     with opened(path, "rb") as stream:
         yield from _json_objects(stream)
+
+
+def _json_rows(path: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row | None]:
+    with open(path, "rb") as stream:
+        start = stream.read(1)
+        while start.isspace():
+            start = stream.read(1)
+        stream.seek(0)
+        if start != b"[":
+            yield from _jsonl_rows(path, columns, optional)
+            return
+        for value in json.load(stream):
+            yield value if isinstance(value, dict) else None
 
 
 def _json_objects(lines: Iterable[bytes]) -> Iterator[Row | None]:
