@@ -27,6 +27,13 @@ class BatchSize:
         increments = (self.final - ramp.start) // ramp.increment
         return ramp.start + rows * increments // ramp.rows * ramp.increment
 
+    def total(self, steps: int) -> int:
+        """Rows of so many steps from the first."""
+        rows = step = 0
+        while step < steps and self.at(rows) != self.final:
+            rows, step = rows + self.at(rows), step + 1
+        return rows + (steps - step) * self.final
+
     @property
     def all(self) -> list[int]:
         """Every size, rising."""

@@ -77,11 +77,10 @@ class Engine:
         self.stages = [stage.to(self.device) for stage in stages]
         self.forward_watch, self.optimizer_watch = Stopwatch(), Stopwatch()
 
-    def build_optimizer(self, overrides: dict[Any, Any] | None = None) -> None:
-        """overrides: further groups of parameters with settings of their own (`build_optimizer` of optimizer.py)."""
+    def build_optimizer(self) -> None:
         self.chunks = wrap_data_parallel(self.stages, self.config.optimizer)
         connect_schedule(self.chunks, self.stages, self.groups, before_reduction=self._check_reach)
-        self.optimizer = build_optimizer(self.chunks, self.stages, self.config, self.dtype, overrides)
+        self.optimizer = build_optimizer(self.chunks, self.stages, self.config, self.dtype)
         self.scheduler = build_scheduler(self.optimizer, self.config.optimizer)
         self._reach: ReachCheck | None = ReachCheck(self.stages)
 

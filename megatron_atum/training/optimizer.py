@@ -99,17 +99,9 @@ def _override(one: Settings, config: OptimizerConfig) -> dict[str, Any]:
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel],
-    stages: list[AtumStage],
-    config: Config,
-    dtype: torch.dtype,
-    overrides: dict[ParamKey, dict[str, Any]] | None = None,
+    chunks: list[DistributedDataParallel], stages: list[AtumStage], config: Config, dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """AdamW over the trainable parameters, sharded over data-parallel ranks if optimizer.distributed.
-
-    Args:
-        overrides: settings of further groups of parameters, as megatron-core takes them.
-    """
+    """AdamW over the trainable parameters, sharded over data-parallel ranks if optimizer.distributed."""
     o = config.optimizer
     groups = group_overrides(mark_settings(stages, config), o)
     mcore = McoreOptimizerConfig(
@@ -127,9 +119,7 @@ def build_optimizer(
         overlap_param_gather=overlaps_param_gather(o),
     )
     with emulated_cuda():
-        optimizer = get_megatron_optimizer(
-            mcore, chunks, {**groups, **(overrides or {})}, use_gloo_process_groups=False
-        )
+        optimizer = get_megatron_optimizer(mcore, chunks, groups, use_gloo_process_groups=False)
     for stage in stages:
         stage.config.grad_scale_func = optimizer.scale_loss
     return optimizer

@@ -117,7 +117,7 @@ class _Feeder:
         try:
             self._waiting.put_nowait(None)
         except queue.Full:
-            self._over = True
+            self._give_up(f"{WAITING:,} lines wait for it")
 
     def wait(self) -> None:
         self._thread.join(0.0 if self._over else CLOSE_S)

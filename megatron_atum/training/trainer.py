@@ -206,14 +206,15 @@ class Trainer:
         self.feed.more(self.step + left_out - rollback.to)
         self.step = self.saved_at = rollback.to
         self.health.load_state_dict(state.health)
-        self._scale_learning_rates(1)
+        self._lower_learning_rates()
         self.log.event("rollback", rollback.to, **{"from": rollback.step, "reason": rollback.reason})
         self.log.say(
             f"step {rollback.step}: {rollback.reason}; back to the weights of step {rollback.to}, data goes on"
         )
 
-    def _scale_learning_rates(self, rollbacks: int) -> None:
-        scale_learning_rates(self.engine.optimizer, self.config.health.rollback_lr_scale**rollbacks)
+    def _lower_learning_rates(self) -> None:
+        """Once for each rollback, one by one also at a restart: the last bit depends on it."""
+        scale_learning_rates(self.engine.optimizer, self.config.health.rollback_lr_scale)
         self.engine.scheduler.step(0)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
@@ -232,8 +233,8 @@ class Trainer:
         if resume is not None:
             self.checkpoint.load(resume)
             self.health.load_state_dict(resume.health)
-        if self.rollbacks:
-            self._scale_learning_rates(len(self.rollbacks))
+        for _ in self.rollbacks:
+            self._lower_learning_rates()
         if start.checkpoint is not None:
             self.checkpoint.take_frozen(start.checkpoint)
 

@@ -40,13 +40,11 @@ def config_of(changes: dict[str, Any], *, frozen: bool = False, asynchronous: bo
     return config
 
 
-def engine_of(
-    config: Config, degrees: Degrees, checkpoints: Path, seed: int, overrides: dict[Any, Any] | None = None
-) -> tuple[Engine, RunCheckpoint]:
+def engine_of(config: Config, degrees: Degrees, checkpoints: Path, seed: int) -> tuple[Engine, RunCheckpoint]:
     groups = groups_of(config.model, degrees)
     engine = Engine(config, groups)
     initialise(engine.stages, config.model, groups, seed)
-    engine.build_optimizer(overrides)
+    engine.build_optimizer()
     return engine, RunCheckpoint(config, groups, engine, checkpoints, {"tokenizer.model": b"pieces"})
 
 
@@ -55,10 +53,9 @@ def resumed_engine(
     degrees: Degrees,
     folder: Path,
     checkpoints: Path | None = None,
-    overrides: dict[Any, Any] | None = None,
 ) -> tuple[Engine, RunCheckpoint]:
     """A run that goes on from a checkpoint; it saves beside it unless `checkpoints` says where."""
-    engine, checkpoint = engine_of(config, degrees, checkpoints or folder.parent, seed=99, overrides=overrides)
+    engine, checkpoint = engine_of(config, degrees, checkpoints or folder.parent, seed=99)
     state = read_state(folder)
     check_resumable(state, config)
     checkpoint.load(state)

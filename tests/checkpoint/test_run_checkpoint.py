@@ -13,7 +13,6 @@ import torch
 from megatron_atum.checkpoint import run_checkpoint
 from megatron_atum.checkpoint.folder import missing, step_folder
 from megatron_atum.checkpoint.hf_export import write_hf_folder
-from megatron_atum.checkpoint.optimizer_state import optimizer_shards
 from megatron_atum.checkpoint.run_checkpoint import check_resumable
 from megatron_atum.checkpoint.stored import StoredCheckpoint, read_state
 from megatron_atum.errors import CheckpointError
@@ -391,35 +390,3 @@ def test_frozen_weights_that_no_step_names_are_removed(tmp_path: Path) -> None:
     ((one, two, three),) = run_distributed(unused, 1, str(tmp_path))
     assert len(one) == len(two) == len(three) == 1
     assert one != two == three
-
-
-# Parameter groups ----------------------------------------------------------------------------------------------------
-
-
-def groups(rank: int, world_size: int, root: str, degrees: Degrees, folder: str | None) -> dict[str, Any]:
-    """Vectors (norms, gates, biases) with a learning rate of their own, at one layout and at another."""
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-
-    vectors = ParamKey(predicate=ParamPredicate(name="vectors", fn=lambda p: p.dim() == 1))
-    other = {vectors: {"max_lr": 3e-2, "min_lr": 0.0, "lr_mult": 10.0}}
-    config = config_of(SHARDED)
-    if folder is None:
-        engine, checkpoint = engine_of(config, degrees, Path(root), seed=1, overrides=other)
-        steps(engine, range(SAVED_AT))
-        folder = str(saved(checkpoint, SAVED_AT))
-    else:
-        engine, checkpoint = resumed_engine(config, degrees, Path(folder), overrides=other)
-    said = steps(engine, range(SAVED_AT, STEPS))
-    rates = {shard.parameter.dim() == 1: {round(shard.group["lr"], 9)} for shard in optimizer_shards(engine.optimizer)}
-    return {"folder": folder, "said": said, "rates": rates, "weights": weights(engine)}
-
-
-def test_two_learning_rates_survive_a_change_of_layout(tmp_path: Path) -> None:
-    there = run_distributed(groups, 4, str(tmp_path), Degrees(tensor=2, pipeline=2, sequence=True), None)[0]
-    here = run_distributed(groups, 2, str(tmp_path), Degrees(data=2), there["folder"])[0]
-    assert len(here["rates"]) == 2 and here["rates"][True] != here["rates"][False]
-    for (losses, norm, _), (expected, expected_norm, _) in zip(here["said"], there["said"], strict=True):
-        assert losses == pytest.approx(expected, rel=1e-6)
-        assert norm == pytest.approx(expected_norm, rel=1e-6)
-    for name, value in there["weights"].items():
-        assert float((value - here["weights"][name]).abs().max()) <= 1e-6, name

@@ -3,6 +3,7 @@
     python tools/data/index.py shards/obelics --kind documents --tokenizer idefics-9b
     python tools/data/index.py 'shards/laion/*.tar' --kind pairs --tokenizer idefics-9b/tokenizer.model --workers 32
     python tools/data/index.py s3://bucket/pmd/ --kind pairs --tokenizer idefics-9b --no-sha256
+    python tools/data/index.py shards/llava --kind conversations --tokenizer idefics-9b-instruct
 
 A sidecar (SHARD.index.safetensors) holds the token ids of a shard, where its images lie, and why samples are dropped;
 the manifest (manifest.json, written last) is what a source's `shards` names. Stopped at any time, the same command

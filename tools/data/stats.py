@@ -28,6 +28,7 @@ from megatron_atum.config.schema import FILTERS, Config
 from megatron_atum.data.index import SourceIndex, open_source
 from megatron_atum.data.loader import load_tokenizer
 from megatron_atum.data.mixture import shares
+from megatron_atum.data.ramp_up import BatchSize
 from megatron_atum.data.statistics import (
     MixtureFacts,
     SourceFacts,
@@ -93,7 +94,7 @@ def plan(config: Config, indexes: Sequence[SourceIndex], packs: int) -> list[Mix
     data, training = config.data, config.training
     asked = shares(data.sources, data.mixture, {index.name: index.tokens for index in indexes})
     settings = StreamSettings(asked, data.sequence_length, training.seed, data.shuffle_samples)
-    run_rows = training.steps * training.global_batch_size
+    run_rows = BatchSize(training.global_batch_size, training.ramp_up).total(training.steps)
     return mixture_facts(data.sources, data.mixture, indexes, settings, packs, run_rows)
 
 
@@ -144,7 +145,8 @@ def mixture_lines(config: Config, mixture: Sequence[MixtureFacts]) -> Iterator[s
             )
         )
     yield from aligned(rows, left=1)
-    yield f"the run: {training.steps:,} steps of {training.global_batch_size:,} rows"
+    ramp_up = f", from {training.ramp_up.start:,} on" if training.ramp_up.start else ""
+    yield f"the run: {training.steps:,} steps of {training.global_batch_size:,} rows{ramp_up}"
     by_samples = ", ".join(f"{part.name} {PERCENT * part.by_samples:.1f}" for part in parts)
     if len(parts) > 1:
         yield f"taken as shares of samples, the asked ones would give these % of tokens: {by_samples}"

@@ -122,9 +122,10 @@ def set_scale(axes: Any, shown: list[np.ndarray], panel: Panel) -> None:
         log_scale(axes, low / 1.25, high * 1.25)
         return
     if panel.from_zero and low >= 0:
-        low = 0.0
+        low, high = 0.0, high or 1.0
     margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
-    axes.set_ylim(0.0 if panel.from_zero and low >= 0 else low - margin, high + margin)
+    on_axis = panel.from_zero and low >= 0 and not panel.exact  # a count that stays 0 would be hidden by the axis
+    axes.set_ylim(0.0 if on_axis else low - margin, high + margin)
     if panel.exact and np.array_equal(values, values.round()):
         axes.yaxis.get_major_locator().set_params(integer=True)
 

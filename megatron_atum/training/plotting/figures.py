@@ -207,7 +207,8 @@ def _slowest(runs: Runs) -> Any:
     dress(rank, runs, "Which rank was slowest", "rank")
     for r, run in enumerate(runs):
         curve = run.curve("slowest_rank")
-        rank.plot(curve.steps, curve.values, ".", markersize=2.5, alpha=0.5, color=colour(r), rasterized=True)
+        size = 2.5 if len(curve) > 500 else 6
+        rank.plot(curve.steps, curve.values, ".", markersize=size, alpha=0.5, color=colour(r))
     rank.yaxis.get_major_locator().set_params(integer=True)
     mark_events(rank, runs)
     figure_legend(figure, runs)

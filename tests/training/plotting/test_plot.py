@@ -78,8 +78,8 @@ def test_the_loss_counts_what_was_taken_last(drawn: dict[str, Any], long_run: Pa
 
 def test_marks_say_where_the_run_went_on(drawn: dict[str, Any]) -> None:
     (axes,) = drawn["loss"].figure.axes
-    upright = [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1 < len(line.get_xdata())]
-    assert sorted(upright) == [1750.5, ROLLED_BACK_TO + 0.5]
+    upright = [line for line in axes.lines if len(set(line.get_xdata())) == 1 < len(line.get_xdata())]
+    assert {line.get_xdata()[0]: line.get_linestyle() for line in upright} == {1750.5: ":", ROLLED_BACK_TO + 0.5: "--"}
     (crosses,) = [line for line in axes.lines if line.get_marker() == "x"]
     assert tuple(crosses.get_xdata()) == tuple(step for step in BAD if step <= 3600)
     legend = {text.get_text().split(" (")[0] for text in drawn["loss"].figure.legends[0].get_texts()}
