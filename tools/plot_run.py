@@ -2,6 +2,7 @@
 
     python tools/plot_run.py runs/default
     python tools/plot_run.py runs/a runs/b --out comparison
+    python tools/plot_run.py runs/demo          # all runs in a folder
 
 Writes index.html, which holds everything and opens without a network, and each figure as a PNG beside it. Works while a
 run is going on. Without --out they go to RUN/plots, or RUN/plots-with-OTHER for several runs.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a metrics.jsonl")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, a folder of them, or a metrics.jsonl")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the page and the figures go")
     return parser.parse_args()
 

@@ -102,12 +102,20 @@ class RunCheckpoint:
     Args:
         checkpoints: where the run's checkpoints lie; all ranks see the same folder.
         assets: small files that are kept with each checkpoint.
+        beat: called while a save is waited for, which may take long.
     """
 
     def __init__(
-        self, config: Config, groups: ProcessGroups, engine: Any, checkpoints: Path, assets: dict[str, bytes]
+        self,
+        config: Config,
+        groups: ProcessGroups,
+        engine: Any,
+        checkpoints: Path,
+        assets: dict[str, bytes],
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.groups, self.engine, self.checkpoints = config, groups, engine, checkpoints
+        self._beat = beat
         self.assets = assets
         self.tensors = RankTensors(engine.stages, config.model, groups, engine.optimizer)
         self._staging = Staging()
@@ -160,6 +168,7 @@ class RunCheckpoint:
         job, over = self._pending, []
         if job is not None:
             while not all_true(job.result.done()):  # not in one collective, which would time out for a slow disk
+                self._beat()
                 time.sleep(0.05)
             over = [self._end(job)]
         self._removal.join()

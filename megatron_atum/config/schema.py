@@ -220,7 +220,7 @@ class LoggingConfig:
     progress: bool = True  # progress bar on a terminal
     detail_every: int = 100  # steps between gates and norms of every layer in the metrics; 0 never
     tensorboard: bool = False  # write RUN/tensorboard
-    wandb: str = "off"  # off | offline | online: Weights & Biases
+    wandb: str = "disabled"  # disabled | offline | online: Weights & Biases
     wandb_project: str = "atum"
     wandb_entity: str | None = None  # team; default: the user's own
     profile_start: int = 0  # first step of a torch profiler trace (RUN/profile); 0 none

@@ -25,7 +25,7 @@ _CHOICES = {
     "data.loss_on": ("all", "assistant"),
     "health.spike": ("log", "skip_data", "rollback"),
     "health.dry_step": ("auto", "always", "never"),
-    "logging.wandb": ("off", "offline", "online"),
+    "logging.wandb": ("disabled", "offline", "online"),
     "data.on_missing_shard": ("stop", "skip"),
     "data.on_change": ("error", "restart", "continue"),
 }
@@ -116,6 +116,7 @@ def validate(config: Config) -> None:
     _check_optimizer(config)
     _check_ramp_up(config)
     _check_sources(config)
+    _check_health(config)
 
 
 def _get(config: Config, key: str) -> Any:
@@ -202,6 +203,16 @@ def _check_ramp_up(config: Config) -> None:
         raise ConfigError(
             f"training.ramp_up.increment={ramp.increment} does not lead from training.ramp_up.start={ramp.start} to "
             f"training.global_batch_size={final}; training.ramp_up.increment={fit} would work"
+        )
+
+
+def _check_health(config: Config) -> None:
+    if config.health.spike == "rollback" and not config.checkpoint.save_every:
+        raise ConfigError("health.spike=rollback needs checkpoints to go back to; checkpoint.save_every=250 would work")
+    if config.training.validate_every and not config.data.validation:
+        raise ConfigError(
+            f"training.validate_every={config.training.validate_every} needs data.validation: name a held-out source; "
+            "training.validate_every=0 would work"
         )
 
 

@@ -31,6 +31,25 @@ def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, **options: 
         return F.scaled_dot_product_attention(query, key, value, **options)
 
 
+# torch's CPU kernel takes 512 keys at a time and multiplies with all of them, forbidden or not. Blocks of queries that
+# are given no key behind their end leave most of the forbidden products out; kernels of accelerators do so themselves.
+_KEYS_AT_A_TIME, _QUERY_BLOCK = 512, 128
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Every query sees the keys up to its own place. All [B,A,S,D]."""
+    S = query.shape[2]
+    if query.device.type != "cpu" or not 2 * _QUERY_BLOCK <= S <= _KEYS_AT_A_TIME:
+        return dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    outs, stop = [], 0
+    for part in query.split(_QUERY_BLOCK, dim=2):
+        start, stop = stop, stop + part.shape[2]
+        allowed = torch.ones(part.shape[2], stop, dtype=torch.bool).tril(start)
+        out = dot_product_attention(part, key[:, :, :stop], value[:, :, :stop], attn_mask=allowed, scale=scale)
+        outs.append(out.permute(2, 0, 1, 3))
+    return torch.cat(outs).permute(1, 2, 0, 3)
+
+
 class TorchAttention(RecomputesInside, MegatronModule):
     """softmax(q k^T / sqrt(D)) v. Takes the arguments with which megatron-core builds a core attention."""
 
@@ -62,15 +81,14 @@ class TorchAttention(RecomputesInside, MegatronModule):
             [S,B,A*D]
         """
         mask_type = attn_mask_type or self.attn_mask_type
-        attend = partial(
-            dot_product_attention,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None and mask_type == AttnMaskType.causal,
-            scale=self.softmax_scale,
-        )
+        attend = causal_attention
+        if attention_mask is not None or mask_type != AttnMaskType.causal:
+            allowed = None if attention_mask is None else ~attention_mask
+            attend = partial(dot_product_attention, attn_mask=allowed)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBAD, key_SBAD, value_SBAD))
-        out_BASD = self.inside(attend, query, key, value)
-        return out_BASD.permute(2, 0, 1, 3).flatten(2)
+        out_BASD = self.inside(partial(attend, scale=self.softmax_scale), query, key, value)
+        # Rows that do not lie one after the other would make the next projection a batched product, which is slower.
+        return out_BASD.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
 def causal_mask(attention_mask_BS: Tensor) -> Tensor:

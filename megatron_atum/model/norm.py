@@ -39,7 +39,36 @@ class RMSNorm(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return _RMSNormOnCPU.apply(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
+
+
+class _RMSNormOnCPU(torch.autograd.Function):
+    """torch has a fused kernel for accelerators only; what it does on a CPU goes over the tensor a dozen times.
+
+    With n = x * scale and h = gradient * weight, the gradient of x is scale * (h - n * mean(h * n)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = (torch.linalg.vecdot(wide, wide)[..., None] / x.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        (gradient,) = gradients
+        normed = x.float() * scale
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_x = gradient.float() * weight
+        along = torch.linalg.vecdot(grad_x, normed)[..., None] / x.shape[-1]
+        grad_x.addcmul_(normed, along, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 class LayerNorm(nn.LayerNorm):

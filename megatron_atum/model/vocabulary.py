@@ -28,6 +28,9 @@ from megatron_atum.parallel.gradients import mark_replicated
 from megatron_atum.parallel.groups import ProcessGroups
 
 
+TOKENS_AT_A_TIME = 128  # of which exponentials are taken
+
+
 def padded_vocabulary(vocab_size: int, tensor_size: int) -> int:
     return -(-vocab_size // tensor_size) * tensor_size
 
@@ -158,12 +161,13 @@ class _LogSumExpAndTarget(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, column: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        scores = logits.float()
-        largest = scores.amax(-1)
+        largest = logits.amax(-1).float()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        total = (scores - largest[..., None]).exp_().sum(-1)
-        is_here = column >= 0
-        target = torch.where(is_here, scores.gather(-1, column.clamp(min=0)[..., None]).squeeze(-1), 0.0)
+        # in parts, since the exponentials of all tokens would take as much memory as the logits in fp32
+        parts = zip(logits.split(TOKENS_AT_A_TIME), largest[..., None].split(TOKENS_AT_A_TIME), strict=True)
+        total = torch.cat([(scores.float() - top).exp_().sum(-1) for scores, top in parts])
+        own = logits.gather(-1, column.clamp(min=0)[..., None]).squeeze(-1).float()
+        target = torch.where(column >= 0, own, 0.0)
         both = torch.stack((total, target))
         dist.all_reduce(both, group=group)
         total, target = both

@@ -99,11 +99,15 @@ def roll_back(
     done = replace(rollback, to=state.step)
 
     def write() -> None:
-        if checkpoint.groups.rank == 0:
+        if checkpoint.groups.rank != 0:
+            return
+        try:
             # In this order: killed in between, the run starts from a newer checkpoint and finds the spike again.
             write_rollbacks(run_folder, [*earlier, done])
             for folder in later_than(checkpoint.checkpoints, state.folder):
                 shutil.rmtree(folder)
+        except OSError as error:
+            raise CheckpointError(f"the rollback to {state.folder} could not be recorded: {error}") from None
 
     together(write)
     return done, state

@@ -30,7 +30,7 @@ class RunLog:
     def open(self, step: int) -> None:
         """Raises OSError: the run folder cannot be written."""
         self.metrics.resume_after(step)
-        self._trackers = open_trackers(self._config, self._run_folder, writes=self._writes)
+        self._trackers = open_trackers(self._config, self._run_folder, self._writes, self.say)
 
     def step(self, values: dict[str, Any]) -> None:
         self.metrics.write(**{name: _for_json(value) for name, value in values.items()})

@@ -43,6 +43,7 @@ def describe(engine: Engine, shares: dict[str, float], weights_from: str) -> str
             f"Megatron-ATUM {__version__} ({git_state()}), Python {platform.python_version()}, {_versions()}",
             f"devices: {groups.layout.world_size} x {device_name()}, {dist.get_backend()}, weights {engine.dtype}",
             f"layout: {groups.layout.describe()}",
+            f"groups of rank 0: {_groups(groups)}",
             *_stages(engine),
             f"kernels: torch; {_optimizer(engine)}",
             f"{_recompute(config)}; schedule {config.optimizer.schedule}, "
@@ -88,6 +89,19 @@ def _stages(engine: Engine) -> Iterable[str]:
         (trains, frozen), memory = next((counts, gib) for place, counts, gib in everyone if place == stage)
         parts = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
         yield f"stage {stage}: {trains:,} trainable and {frozen:,} frozen parameters per device; GiB: {parts}"
+
+
+def _groups(groups: ProcessGroups) -> str:
+    """Rank 0's; those of the others are these, moved on."""
+    kinds = {"tensor": groups.tensor, "data": groups.data, "pipeline": groups.pipeline}
+    ranks = {name: _shortened(dist.get_process_group_ranks(group)) for name, group in kinds.items()}
+    return ", ".join(f"{name} {text}" for name, text in ranks.items())
+
+
+def _shortened(ranks: list[int]) -> str:
+    """0, 8, 16, ... 504"""
+    shown = [str(rank) for rank in ranks]
+    return ", ".join(shown if len(ranks) <= 4 else [*shown[:3], f"... {ranks[-1]}"])
 
 
 def _counts(engine: Engine) -> tuple[int, int]:
@@ -163,6 +177,7 @@ def dry_step(engine: Engine, most_images: int) -> str:
             "use training.recompute"
         ) from None
     engine.forget_gradients()
+    engine.forward_watch.take()
     set_random_state(state)
     peak = torch.tensor(memory_gib(), device=engine.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)

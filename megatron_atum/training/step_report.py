@@ -57,7 +57,7 @@ class StepReport:
     def values(self, step: int, result: StepResult, data: StepData, phases: dict[str, float]) -> dict[str, Any]:
         """Args: phases: seconds of this rank."""
         tokens = sum(batch.input_ids.numel() for batch in data.microbatches) * self._layout.data
-        step_s = phases["data"] + phases["forward_backward"] + phases.get("optimizer", 0.0)
+        step_s = phases["data"] + phases["forward_backward"] + phases.get("update", 0.0)
         device_s = step_s * self._layout.world_size
         model, executed = self._engine.flops(tokens, result.images)
         values: dict[str, Any] = {
@@ -76,7 +76,7 @@ class StepReport:
             "step_s": step_s,
             "data_s": max(result.per_rank["data_s"]),
             "forward_backward_s": phases["forward_backward"],
-            "optimizer_s": phases.get("optimizer", 0.0),
+            "optimizer_s": self._engine.optimizer_watch.take(),
             "checkpoint_s": phases.get("checkpoint", 0.0),
             "memory_gib": max(result.per_rank["memory_gib"]),
             "faults": data.faults,

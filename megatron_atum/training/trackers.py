@@ -45,7 +45,7 @@ def check_trackers(config: Config) -> None:
     logging = config.logging
     if logging.tensorboard:
         _check_package("tensorboard", "logging.tensorboard=true")
-    if logging.wandb != "off":
+    if logging.wandb != "disabled":
         _check_package("wandb", f"logging.wandb={logging.wandb}")
     if logging.wandb == "online" and not _has_wandb_key():
         raise ConfigError(
@@ -63,7 +63,7 @@ def open_trackers(config: Config, run_folder: Path, writes: bool, say: Callable[
     opens: dict[str, Callable[[], Tracker]] = {}
     if writes and config.logging.tensorboard:
         opens["TensorBoard"] = lambda: TensorBoard(config, run_folder)
-    if writes and config.logging.wandb != "off":
+    if writes and config.logging.wandb != "disabled":
         opens["Weights & Biases"] = lambda: WeightsAndBiases(config, run_folder, say)
     return Trackers([_Feeder(name, make, say) for name, make in opens.items()])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class Trainer:
                 asked = self._train()
             except (AtumError, HealthFailure):
                 self._say_faults()  # they may be why
+                self.profile.close()
+                self.log.close()
                 raise
             return self._end(asked)
 
@@ -104,7 +107,7 @@ class Trainer:
             result = self._compute(data)
         verdict = self.health.judge(self.step + 1, result)
         details = self.layers.end(self.engine.optimizer) if self._wants_details() else {}
-        with self.phases.of("optimizer"):
+        with self.phases.of("update"):
             if verdict.applies:
                 self.engine.apply(result)
         self.step += 1
@@ -176,13 +179,11 @@ class Trainer:
         found = diagnose(self.engine.stages, self.config.model, taken.data.microbatches, taken.verdict, taken.result)
         self.log.event("bad_step", self.step, reason=found["reason"], first_bad_part=found["first_bad_part"])
         self.log.say(f"step {self.step} was not applied: {summary_of(found)}")
-        together(
-            lambda: (
+        if self.groups.rank == 0:
+            try:
                 write_bad_step(self.start.run_folder, self.step, taken.data_before, found)
-                if self.groups.rank == 0
-                else None
-            )
-        )
+            except OSError as error:  # a full disk: the log has the essentials
+                self.log.say(f"the bad step could not be kept for replay: {error}")
 
     def _roll_back(self, verdict: Verdict, before: int) -> None:
         """Weights and optimizer of the last good checkpoint; the data goes on behind the spike."""
@@ -228,7 +229,8 @@ class Trainer:
             initialise(engine.stages, model, self.groups, self.config.training.seed)
         engine.build_optimizer()
         assets = together(lambda: start.assets() if self.groups.rank == 0 else {})
-        self.checkpoint = RunCheckpoint(self.config, self.groups, engine, start.checkpoints, assets)
+        beat = self.liveness.beat
+        self.checkpoint = RunCheckpoint(self.config, self.groups, engine, start.checkpoints, assets, beat)
         self.checkpoint.clean()
         if resume is not None:
             self.checkpoint.load(resume)
@@ -265,6 +267,8 @@ class Trainer:
         self.report = StepReport(self.engine, socket.gethostname())
         self.log.say(describe(self.engine, self.start.loader.shares, self._weights_from()))
         self._say_faults()
+        if self.start.validation and not self.config.training.validate_every:
+            self.log.say("data.validation is never evaluated: training.validate_every=0")
         if wants_dry_step(self.config):
             most = max(index.max_images for index in self.start.loader.indexes)
             self.log.say(f"dry step: {dry_step(self.engine, most)}")
@@ -321,7 +325,8 @@ class Trainer:
                 "faults": self.feed.fault_report(),
                 "layout": self.groups.layout.describe(),
             }
-            write_text(self.start.run_folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+            with contextlib.suppress(OSError):  # the run is over, and its checkpoint is there
+                write_text(self.start.run_folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def _due(step: int, every: int) -> bool:

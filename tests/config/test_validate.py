@@ -213,3 +213,19 @@ def test_conversations_need_a_third_added_token(section: str) -> None:
     assert "model.additional_vocab_size=2" in message and f"data.{section}[0]" in message
     assert "model.additional_vocab_size=3 would work" in message
     load_config(None, [source, "model.additional_vocab_size=3"])
+
+
+def test_a_rollback_needs_checkpoints_and_validation_needs_sources() -> None:
+    message = refusal(["health.spike=rollback", "checkpoint.save_every=0"])
+    assert "health.spike" in message and "checkpoint.save_every=250 would work" in message
+    load_config(None, ["health.spike=rollback"])
+    message = refusal(["training.validate_every=100"])
+    assert "training.validate_every=100 needs data.validation" in message
+    load_config(None, ["training.validate_every=100", "data.validation=[{name: a, shards: b}]"])
+
+
+@pytest.mark.parametrize(
+    "override", ["health.rollback_lr_scale=1.5", "health.spike_threshold=0", "health.max_bad_steps=0"]
+)
+def test_health_keys_have_ranges(override: str) -> None:
+    assert override.split("=")[0] in refusal([override])

@@ -61,9 +61,13 @@ def test_the_tools_say_what_they_did(done: tuple[Path, str]) -> None:
     assert "has 2 added tokens, and this model 3: row 3 is drawn" in said
 
 
+def step_losses(run: Path, key: str) -> list[float]:
+    """Of the steps that had rows of this source."""
+    return [line[key] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if key in line]
+
+
 def test_the_conversations_are_learnt_by_heart(done: tuple[Path, str]) -> None:
-    lines = [json.loads(line) for line in (done[0] / "tuned" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss/mine"] for line in lines if "loss" in line]
+    losses = step_losses(done[0] / "tuned", "loss/mine")
     assert losses[0] > 4 and losses[-1] < 0.03
 
 
@@ -89,7 +93,45 @@ def test_every_answer_is_that_of_its_image(done: tuple[Path, str]) -> None:
         assert ask(model, processor, question, None, 32) == answer
 
 
-# The large model cannot run here; its configuration can be read ----------------------------------------------------
+# The large model cannot run here; its configuration can -----------------------------------------------------------
+
+SMALL = [  # what is changed of examples/atum-9b/instruct.yaml
+    "model.preset=tiny",
+    "parallel.tensor=1",
+    "data.sequence_length=128",
+    "data.workers=0",
+    "data.augment=false",
+    "data.validation=[]",
+    "data.loss_on=assistant",
+    "optimizer.lr=3e-3",
+    "optimizer.beta2=0.95",
+    "optimizer.warmup_steps=6",
+    "optimizer.decay_steps=60",
+    "optimizer.groups=[{match: '*.alpha_*', lr_scale: 10.0}]",
+    "training.steps=60",
+    "training.micro_batch_size=4",
+    "training.global_batch_size=4",
+    "training.precision=fp32",
+    "training.validate_every=0",
+    "checkpoint.save_every=0",
+    "logging.run=instruct",
+    "logging.tensorboard=false",
+]
+
+
+def test_the_published_configuration_overfits_on_a_small_scale(done: tuple[Path, str]) -> None:
+    """Its mixture by name: conversations and, as image-text pairs, those of the tiny data."""
+    made, base = done[0] / "made", done[0] / "base"
+    pairs = f"{{name: pairs, shards: '{made}/pairs-*.tar', kind: pairs, max_images: 8}}"
+    sources = f"[{{name: svit, shards: {done[0]}/shards/manifest.json, kind: conversations}}, {pairs}]"
+    where = [f"checkpoint.init={base}", f"data.tokenizer={base}", f"data.sources={sources}", f"logging.root={done[0]}"]
+    command = [sys.executable, "pretrain_atum.py", "--config", "examples/atum-9b/instruct.yaml", *where, *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    assert "shares of tokens: svit 69.09%, pairs 30.91%" in ran.stdout
+    losses = step_losses(done[0] / "instruct", "loss/svit")
+    assert losses[0] > 4 and losses[-1] < 0.1, losses[-5:]
 
 
 def large_config() -> tuple[Config, int]:

@@ -30,7 +30,7 @@ from tests.faults.runs import (
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {
     "pp2": (2, ["parallel.pipeline=2"]),
-    "dp2": (2, []),
+    "dp2": (2, ["optimizer.overlap_param_gather=true"]),
     "tp2pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
 

@@ -47,3 +47,13 @@ def test_a_place_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_
     (tmp_path / "file").touch()
     done = call(main, capsys, tmp_path, "--out", tmp_path / "file")
     assert done.code == 2 and len(done.err.splitlines()) == 1
+
+
+def test_a_folder_of_runs_stands_for_all_of_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    done = call(main, capsys, tmp_path)
+    assert done.code == 0 and done.out == f"wrote {tmp_path}/plots/index.html\n"
+    text = (tmp_path / "plots" / "index.html").read_text()
+    assert "first" in text and "second" in text

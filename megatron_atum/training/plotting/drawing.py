@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_atum.errors import ConfigError
-from megatron_atum.training.plotting.run import Curve, Run, smooth, window_of
+from megatron_atum.training.plotting.run import Run, smooth, window_of
 
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), which stay apart for colour-blind eyes; without their yellow,
 # which is hard to see on white.
@@ -23,11 +23,12 @@ TAILS = 0.2  # per cent of the points at either end that the scale need not show
 
 @dataclass(frozen=True)
 class Series:
-    """One name of metrics.jsonl in a panel. factor: from its unit to that of the panel."""
+    """One name of metrics.jsonl in a panel."""
 
     key: str
     label: str
-    factor: float = 1.0
+    factor: float = 1.0  # from its unit to that of the panel
+    dashed: bool = False  # may lie on the one before it
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def draw_panel(axes: Any, runs: Sequence[Run], panel: Panel) -> None:
     shown: list[np.ndarray] = []
     for r, run in enumerate(runs):
         for s, series in enumerate(panel.series):
-            look = {"color": colour(r if len(runs) > 1 else s), "linestyle": STYLES[s % 4] if len(runs) > 1 else "-"}
+            style = STYLES[s % 4] if len(runs) > 1 else STYLES[series.dashed]
+            look = {"color": colour(r if len(runs) > 1 else s), "linestyle": style}
             shown += draw_series(axes, run, series, look, exact=panel.exact)
     set_scale(axes, shown, panel)
     mark_events(axes, runs)
@@ -208,10 +210,6 @@ def place_legend(axes: Any, handles: list[Any]) -> None:
 
 def colour(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
-
-
-def points_of(curves: Iterable[Curve]) -> int:
-    return sum(len(curve) for curve in curves)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -339,7 +339,8 @@ PLANS = (
          _panels(
              Panel("Tokens per second and device", "tokens/s", _one("tokens_per_s_per_device"), from_zero=True),
              Panel("FLOP/s per device", "TFLOP/s",
-                   (Series("model_tflops", "model"), Series("executed_tflops", "executed")), from_zero=True),
+                   (Series("model_tflops", "model"), Series("executed_tflops", "executed", dashed=True)),
+                   from_zero=True),
              Panel("MFU", "% of peak", _one("mfu", factor=100), from_zero=True),
              Panel("Positions per step", "thousand tokens", _one("tokens", factor=1e-3), from_zero=True, exact=True),
          )),

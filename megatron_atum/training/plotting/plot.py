@@ -9,14 +9,15 @@ from pathlib import Path
 from megatron_atum.training.plotting.drawing import load_matplotlib, save
 from megatron_atum.training.plotting.figures import draw_all
 from megatron_atum.training.plotting.page import page
-from megatron_atum.training.plotting.run import Run, read_run
+from megatron_atum.training.plotting.run import FILE, Run, read_run
 
 
 def plot_runs(paths: Sequence[Path], out: Path | None = None) -> Path:
     """Draw everything there is.
 
     Args:
-        out: where to; default RUN/plots, or plots-with-OTHER in the first run's folder.
+        paths: run folders, or folders of runs, which stand for all that are in them.
+        out: where to; default PATH/plots, or plots-with-OTHER in the first run's folder.
 
     Returns:
         The page.
@@ -26,8 +27,8 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None) -> Path:
         ConfigError: matplotlib is missing.
     """
     load_matplotlib()
-    runs = _with_names([read_run(path) for path in paths])
-    folder = out or _folder(runs)
+    runs = _with_names([read_run(run) for path in paths for run in _runs_in(path)])
+    folder = out or (paths[0] / "plots" if len(paths) == 1 and paths[0].is_dir() else _folder(runs))
     folder.mkdir(parents=True, exist_ok=True)
     drawn, images = draw_all(runs), {}
     for one in drawn:
@@ -37,6 +38,14 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None) -> Path:
     file = folder / "index.html"
     file.write_text(page(runs, drawn, images))
     return file
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """The runs of a folder that is none itself, the oldest first; else the path as it is."""
+    if (path / FILE).exists() or not path.is_dir():
+        return [path]
+    found = sorted(path.glob(f"*/{FILE}"), key=lambda file: file.stat().st_mtime)
+    return [file.parent for file in found] or [path]
 
 
 def _with_names(runs: list[Run]) -> list[Run]:

@@ -16,6 +16,7 @@ import yaml
 
 from megatron_atum.errors import DataError
 
+FILE = "metrics.jsonl"
 Line = dict[str, Any]
 STEP_PARTS = ("data_s", "forward_backward_s", "optimizer_s", "checkpoint_s")
 
@@ -88,7 +89,7 @@ def read_run(path: Path) -> Run:
         DataError: there is no run, it has no step, or a line is damaged. Only the last line may be cut, as a crash or
             a full disk leaves it: it is left out, and `notes` says so.
     """
-    file = path / "metrics.jsonl" if path.is_dir() else path
+    file = path / FILE if path.is_dir() else path
     if not file.exists():
         raise DataError(f"{path}: no such run; give run folders, which hold metrics.jsonl, such as runs/default")
     folder = file.resolve().parent
