@@ -363,10 +363,10 @@ def cpu_name() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="the tiny model only, one round")
-    parser.add_argument("--rounds", type=int, help="rounds of everything (default 7, quick 1)")
+    parser.add_argument("--rounds", type=int, help="rounds of everything (default 5, quick 1)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rounds = arguments.rounds or (1 if arguments.quick else 7)
+    rounds = arguments.rounds or (1 if arguments.quick else 5)
     start_distributed()
     tiny = compare(TINY, {"1": (1,), "ragged": (1, 3)}, rounds if arguments.quick else 5 * rounds)
     main_shape = TINY if arguments.quick else THIN

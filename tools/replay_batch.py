@@ -37,6 +37,7 @@ def main() -> None:
 
 def replay(run: Path, step: int, checkpoint: Path | None, overrides: list[str]) -> dict[str, Any]:
     """Collective over all ranks that torchrun started. Raises AtumError."""
+    from megatron_atum.parallel.determinism import be_deterministic
     from megatron_atum.parallel.groups import build_groups, start_distributed, stop_distributed
     from megatron_atum.training.diagnosis import read_bad_step
     from megatron_atum.training.replay import replay_step
@@ -51,6 +52,8 @@ def replay(run: Path, step: int, checkpoint: Path | None, overrides: list[str]) 
     config = load_config(config_file, [*overrides, *fixed])
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     start = prepare_start(config, world_size, rank, goes_on=False)
+    if config.training.deterministic:
+        be_deterministic()
     start_distributed()
     found = replay_step(replace(start, rollbacks=()), build_groups(start.layout, config.training.seed), bad)
     if rank == 0:
@@ -72,7 +75,8 @@ def _newest_before(run: Path, step: int) -> Path:
 def _show(found: dict[str, Any], weights: Path) -> None:
     print(f"step {found['step']} with the weights of {weights}: loss {found['loss']}, grad norm {found['grad_norm']}")
     if found["bad_parameters"]:
-        print(f"first gradient that is not finite: {found['bad_parameters'][0]}")
+        bad = found["bad_parameters"]
+        print(f"{len(bad)} gradients are not finite, from {bad[-1]} (look there first) back to {bad[0]}")
     print(f"{'pack':>12}  {'source':<16}  {'loss':>10}  samples")
     for row in found["rows"]:
         keys = ", ".join(row["keys"][:4]) + (f" and {len(row['keys']) - 4} more" if len(row["keys"]) > 4 else "")

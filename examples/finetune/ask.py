@@ -7,6 +7,7 @@ python examples/finetune/ask.py --model exported --image cat.jpg "What is in thi
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,8 @@ END = "<end_of_utterance>"
 
 def ask(model: Any, processor: Any, question: str, image: Image.Image | None, most_tokens: int) -> str:
     """The greedy answer. The prompt ends where the answers of training begin."""
-    shown = ["User:", image, question + END] if image else [f"User: {question}{END}"]
-    prompt = [*shown, "\nAssistant:"]
-    if not image:  # a text behind a text is one run, as in training
-        prompt = ["".join(prompt)]
-    inputs = processor(text=[prompt], add_end_of_utterance_token=False, return_tensors="pt")
+    shown = ["User:", image, *without_urls(question.strip(" ") + END)] if image else [f"User: {question}{END}"]
+    inputs = processor(text=[[*shown, "\nAssistant:"]], add_end_of_utterance_token=False, return_tensors="pt")
     tokens = processor.tokenizer
     with torch.no_grad():
         output = model.generate(
@@ -36,6 +34,13 @@ def ask(model: Any, processor: Any, question: str, image: Image.Image | None, mo
     return tokens.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
+def without_urls(text: str) -> list[str]:
+    """Texts that the processor joins to the same prompt. It would fetch one that is nothing but a URL as an image
+    (processing_idefics.py: is_url), which no text is that has a space, or no scheme in front of its colon.
+    """
+    return [text] if " " in text else re.split("(?=:)", text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question")
@@ -44,7 +49,8 @@ def main() -> None:
     parser.add_argument("--most-tokens", type=int, default=128, help="of the answer (default: %(default)s)")
     options = parser.parse_args()
     processor = AutoProcessor.from_pretrained(options.model)
-    model = IdeficsForVisionText2Text.from_pretrained(options.model).eval()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = IdeficsForVisionText2Text.from_pretrained(options.model).to(device).eval()
     image = Image.open(options.image).convert("RGB") if options.image else None
     print(ask(model, processor, options.question, image, options.most_tokens))
 

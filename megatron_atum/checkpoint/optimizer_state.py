@@ -50,11 +50,17 @@ class OptimizerShard:
         state = self.inner.state.get(self.main, {})
         return {name: state[name].view(-1) for name in MOMENTS if name in state}
 
+    def forget(self) -> None:
+        """As before the first update."""
+        self.inner.state.pop(self.main, None)
+        self.group.pop("step", None)  # of optimizers that count per group
+
     def start_moments(self, step: int) -> dict[str, Tensor]:
         """New moments as after `step` updates, to be filled. Every parameter gets a counter of its own."""
         moments = {name: torch.zeros_like(self.main, memory_format=torch.contiguous_format) for name in MOMENTS}
         if isinstance(self.inner, torch.optim.Adam | torch.optim.AdamW):
-            self.inner.state[self.main] = {"step": torch.tensor(float(step)), **moments}
+            device = self.main.device if self.group.get("fused") else None  # as torch makes it
+            self.inner.state[self.main] = {"step": torch.tensor(float(step), device=device), **moments}
         else:  # apex and Transformer Engine count per group
             self.inner.state[self.main] = dict(moments)
             self.group["step"] = step

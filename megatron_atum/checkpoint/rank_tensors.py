@@ -191,11 +191,16 @@ class ExactWeights(StoredCheckpoint):
 def load_optimizer(tensors: RankTensors, stored: StoredCheckpoint) -> None:
     """Set moments, counters and higher-precision copies of this rank's optimizer; weights must have been set.
 
+    What was never updated in the checkpoint has no moments after this, also amid a run.
+
     Raises:
         CheckpointError: a weight that trains has no optimizer state in the checkpoint.
     """
     groups, index, steps = tensors.groups, stored.reader.index, stored.state.optimizer_steps
-    for shard in optimizer_shards(tensors.optimizer):
+    shards = optimizer_shards(tensors.optimizer)
+    for shard in shards:  # all of them first: some optimizers share a counter among the weights of a group
+        shard.forget()
+    for shard in shards:
         row = tensors.row(shard)
         if row.hf[0] not in steps:
             raise CheckpointError(f"{stored.folder} holds no optimizer state of {row.hf[0]}, which this run trains")

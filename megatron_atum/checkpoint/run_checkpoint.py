@@ -123,6 +123,11 @@ class RunCheckpoint:
         self._pending: _Job | None = None
         self._removal = _thread("remove", remove, [])
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way; the same on all ranks."""
+        return self._pending is not None
+
     def clean(self) -> None:
         """Remove what an earlier run left half written. The run folder must be locked."""
         together(lambda: remove_unfinished(self.checkpoints) if self.groups.rank == 0 else None)
@@ -149,10 +154,7 @@ class RunCheckpoint:
         except CheckpointError as problem:
             seconds = time.perf_counter() - began
             return [*over, Saved(step, folder, str(problem), seconds, seconds)]
-        if self.config.checkpoint.asynchronous:
-            self._write_beside(job)
-        else:
-            self._write(job)
+        self._write_beside(job)  # also a save that is waited for: in `wait` the ranks show each other that they live
         job.blocked_s = time.perf_counter() - job.began
         self._pending = job
         return over if self.config.checkpoint.asynchronous else over + self.wait()

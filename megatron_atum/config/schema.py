@@ -116,7 +116,7 @@ class DataConfig:
     loss_on: str = "all"  # all | assistant: the turns of conversations that count in the loss
     filters: list[str] = _list(*FILTERS)  # samples that are dropped, and counted; faulty ones always are
     shuffle_samples: int = 131072  # samples of a source that are shuffled together (whole shards)
-    p_next: float = 0.0  # probability that a row's tokens see the next image instead of the previous one
+    p_next: float = 0.0  # probability that the tokens of a row of documents see the next image, not the previous one
     image_at_end: float = 0.0  # probability that the caption of a pair stands before its image
     augment: bool = True  # random resized crop of training images (scale 0.9-1.0)
     draft: bool = False  # decode large JPEGs at a lower resolution, still at least twice the model's

@@ -1,4 +1,7 @@
-"""What was lost, and how much of it is too much."""
+"""What was lost, and how much of it is too much.
+
+Legend: b rows of a microbatch, S tokens of a row, N images of the microbatch.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ FEW = 1000  # a rate is taken of at least as many: the first broken image of a r
 LATELY = 10_000  # images of a source after which counting begins anew, to see what goes wrong late in a run
 BURST = 10  # times max_fault_rate that may be broken lately
 MOST_MISSING = 0.5  # share of a source's images that on_missing_shard=skip puts up with, lately
+MASKED = "masked_conversation"  # a consequence of lost images, and no fault of its own
 MESSAGES = 5  # most broken images that are told of one by one in a step
 
 
@@ -33,7 +37,7 @@ class FaultCounts:
     def __init__(self, indexes: Sequence[SourceIndex], max_rate: float) -> None:
         """Raises DataError: more of a source is broken than `max_rate` allows."""
         self._indexes, self._max_rate = indexes, max_rate
-        # images used and, by reason, lost: since the run began, and lately
+        # images used and, by reason, lost, and conversations masked: since the run began, and lately
         self._images: dict[str, Counter[str]] = {index.name: Counter() for index in indexes}
         self._lately: dict[str, Counter[str]] = {index.name: Counter() for index in indexes}
         for index in indexes:
@@ -62,6 +66,8 @@ class FaultCounts:
         lost = [(*_owner(packs, int(n)), IMAGE_FAULTS[int(codes[n]) - 1]) for n in codes.nonzero()]
         for pack, _, reason in lost:
             self._count(pack, reason, 1)
+        for pack in _masked(self._indexes, lost):
+            self._count(pack, MASKED, 1)
         return [self._message(*one) for one in lost[:MESSAGES]]
 
     def check(self) -> None:
@@ -78,7 +84,7 @@ class FaultCounts:
 
     def report(self) -> dict[str, dict[str, int]]:
         """By source and reason."""
-        return {index.name: index.dropped | _reasons(self._images[index.name]) for index in self._indexes}
+        return {index.name: index.dropped | _set(self._images[index.name], but=("used",)) for index in self._indexes}
 
     def state_dict(self) -> dict[str, dict[str, dict[str, int]]]:
         return {
@@ -91,10 +97,10 @@ class FaultCounts:
         self._images = {name: Counter(dict(state.get(name, {}).get("all", {}))) for name in self._images}
         self._lately = {name: Counter(dict(state.get(name, {}).get("lately", {}))) for name in self._images}
 
-    def _count(self, pack: Pack, what: str, images: int) -> None:
+    def _count(self, pack: Pack, what: str, number: int) -> None:
         name = self._indexes[pack.source].name
-        self._images[name][what] += images
-        self._lately[name][what] += images
+        self._images[name][what] += number
+        self._lately[name][what] += number
 
     def _check(self, name: str, what: str, of: int, reasons: Mapping[str, int], rate: float) -> None:
         broken = sum(reasons.values())
@@ -108,21 +114,38 @@ class FaultCounts:
     def _message(self, pack: Pack, number: int, reason: str) -> str:
         index = self._indexes[pack.source]
         shard, key = _where(index, pack, number)
-        return f"{index.name}: {reason}: an image of {key} in {shard}; no token sees it"
+        effect = "its conversation does not count in the loss" if index.kind == "conversations" else "no token sees it"
+        return f"{index.name}: {reason}: an image of {key} in {shard}; {effect}"
 
 
-def hide_images(batch: Batch, codes: Tensor) -> Batch:
-    """No token sees an image with a code. Shapes and positions stay.
+def hide_images(batch: Batch, codes: Tensor, is_chat: Sequence[bool], eos_id: int) -> Batch:
+    """No token sees an image with a code, and no label of its conversation counts: an answer about an image that
+    nobody sees would be taught as an invention. Shapes and positions stay.
 
     Args:
         codes: [N] uint8, of the microbatch's images.
+        is_chat: [b] whether a row holds conversations.
+        eos_id: the token that ends each of them.
     """
     if not codes.any():
         return batch
     first_b = batch.images_per_row.cumsum(0) - batch.images_per_row  # number of each row's first image
     number_bS = (batch.image_index + first_b[:, None]).clamp(0, len(codes) - 1)
     broken_bS = (codes != 0)[number_bS] & (batch.image_index != NO_IMAGE)
-    return replace(batch, image_index=torch.where(broken_bS, NO_IMAGE, batch.image_index))
+    masked_bS = _whole_documents(batch.input_ids, broken_bS, eos_id) & torch.tensor(is_chat)[:, None]
+    return replace(
+        batch,
+        image_index=torch.where(broken_bS, NO_IMAGE, batch.image_index),
+        loss_mask=batch.loss_mask.masked_fill(torch.roll(masked_bS, shifts=-1, dims=-1), 0.0),  # position of a label
+    )
+
+
+def _whole_documents(ids_bS: Tensor, some_bS: Tensor, eos_id: int) -> Tensor:
+    """[b,S] bool: all tokens of the documents that have any token of `some_bS`, their `</s>` included."""
+    is_eos_bS = (ids_bS == eos_id).long()
+    document_bS = is_eos_bS.cumsum(-1) - is_eos_bS
+    hits_bS = torch.zeros_like(document_bS).scatter_add(-1, document_bS, some_bS.long())
+    return hits_bS.gather(-1, document_bS) > 0
 
 
 def _lost(counts: Mapping[str, int]) -> int:
@@ -135,7 +158,23 @@ def _broken(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _reasons(counts: Mapping[str, int]) -> dict[str, int]:
-    return {reason: counts[reason] for reason in sorted(counts) if reason != "used" and counts[reason]}
+    return _set(counts, but=("used", MASKED))
+
+
+def _set(counts: Mapping[str, int], but: tuple[str, ...]) -> dict[str, int]:
+    return {what: counts[what] for what in sorted(counts) if what not in but and counts[what]}
+
+
+def _masked(indexes: Sequence[SourceIndex], lost: Sequence[tuple[Pack, int, str]]) -> list[Pack]:
+    """The pack of each conversation that lost an image, however many it lost."""
+    found: dict[tuple[int, int], Pack] = {}
+    for pack, number, _ in lost:
+        index = indexes[pack.source]
+        if index.kind == "conversations":
+            # A conversation is shown from its beginning, so each begins with its image 0.
+            numbers = [of_sample for *_, of_sample in islice(images_of(index, pack), number + 1)]
+            found[pack.id, numbers.count(0)] = pack
+    return list(found.values())
 
 
 def _owner(packs: Sequence[Pack], number: int) -> tuple[Pack, int]:

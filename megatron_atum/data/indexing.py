@@ -33,7 +33,7 @@ _LEFT_OVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")  # what a killed process leaves;
 class Indexing:
     """How shards are indexed."""
 
-    kind: str  # documents | pairs
+    kind: str  # of sidecar.KINDS
     tokenizer: str  # tokenizer.model or its folder
     vocab_size: int | None = None  # pieces of the tokenizer; None: as many as it has
     whole: bool = True  # read whole shards, for their SHA-256

@@ -1,15 +1,17 @@
 """The batches of a training step on one rank.
 
 Every rank runs the same planner over all packs and builds only its own microbatches. A step takes the next packs, as
-many as ramp_up.py says for the number of its first one; which of them share a microbatch, and the order of the
+many as ramp_up.py says for the number of rows before it; which of them share a microbatch, and the order of the
 microbatches, is decided by their images (deal.py). Microbatch q belongs to data-parallel rank
 `q % data_parallel_size`. So what a step computes does not depend on the parallel layout.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +39,7 @@ from megatron_atum.data.tokenizer import Tokenizer
 from megatron_atum.errors import AtumError, ConfigError, DataError, DataFailure
 
 PREFETCH = 4  # microbatches that each worker has under way
+SAME_REQUEST_S = 1.0  # signals closer together are one request: launchers pass on what all processes have got
 
 # Takes a hash of the step's rows, the fault codes of all its images as this rank knows them, and what went wrong here
 # (then without rows and codes); returns the largest of all ranks' codes, or raises on all ranks what went wrong on one.
@@ -208,6 +211,7 @@ class StepLoader:
             num_workers=self._workers,
             prefetch_factor=PREFETCH if self._workers else None,
             collate_fn=_unchanged,
+            worker_init_fn=_stay_for_the_parent,
             generator=torch.Generator(),  # else it draws a number from the global generator of the training process
         )
 
@@ -221,8 +225,7 @@ class StepLoader:
         """Slot and packs of each microbatch of this rank. Runs in the training process, ahead of what is handed out."""
         slot, slots = 0, 1 if self._builder.ring is None else len(self._builder.ring)
         while True:
-            first = self._planner.next()
-            packs = [first, *(self._planner.next() for _ in range(1, self._batch_size.at(first.id)))]
+            packs = [self._planner.next() for _ in range(self._batch_size.at(self._planner.rows))]
             step = PlannedStep(deal(packs, self._micro_batch_size), self._planner.state_dict())
             self._planned.append(step)
             for q in self._turns(len(step.microbatches)):
@@ -232,7 +235,7 @@ class StepLoader:
     def _collect(self) -> tuple[list[Built], Exception | None]:
         """This rank's microbatches of a step, or why there are none."""
         built: list[Built] = []
-        rows = self._batch_size.at(self._planner_state["packs"])  # nothing of the step may be planned so far
+        rows = self._batch_size.at(self._planner_state["rows"])  # nothing of the step may be planned so far
         turns = self._turns(rows // self._micro_batch_size)
         try:
             self.start()
@@ -259,7 +262,8 @@ class StepLoader:
 
     def _finish(self, step: PlannedStep, q: int, built: Built, codes: Tensor) -> Batch:
         mine = codes[step.first_image[q] : step.first_image[q + 1]]
-        return hide_images(self._builder.finish(built), mine)
+        is_chat = [self.indexes[pack.source].kind == "conversations" for pack in step.microbatches[q]]
+        return hide_images(self._builder.finish(built), mine, is_chat, self.tokenizer.eos_id)
 
     def _dropped_by_length(self) -> dict[str, dict[str, int]]:
         positions = self._planner_state["sources"]
@@ -286,6 +290,24 @@ def load_tokenizer(data_config: DataConfig, vocab_size: int) -> Tokenizer:
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _stay_for_the_parent(worker: int) -> None:
+    """For a worker. A scheduler signals all processes of a job, and what the training process makes of it, such as a
+    last checkpoint, may need the worker. So it ends with the training process, or at a second SIGTERM.
+    """
+    signal.set_wakeup_fd(-1)  # the training process reads from it
+    first_at = 0.0
+
+    def terminate(*_: Any) -> None:
+        nonlocal first_at
+        now = time.monotonic()
+        first_at = first_at or now
+        if now - first_at > SAME_REQUEST_S:
+            os._exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _told(error: Exception) -> str:

@@ -126,7 +126,7 @@ class MicrobatchBuilder:
         return Built(
             ids=ids_bS,
             lengths=lengths,
-            looks_ahead=[self._drawn(self.config.p_next, "p_next", pack.id) for pack in packs],
+            looks_ahead=[self._looks_ahead(pack) for pack in packs],
             images_per_row=[pack.images for pack in packs],
             packs=[(pack.id, pack.source) for pack in packs],
             learnt=learnt_bS,
@@ -198,6 +198,11 @@ class MicrobatchBuilder:
             mask = sidecar.answer_mask(row)
             masks.append(np.append(mask[: stops[place]], False) if place in stops else mask)
         return np.concatenate(masks)
+
+    def _looks_ahead(self, pack: Pack) -> bool:
+        """Documents only: a caption or an answer stands behind its image, and would see none."""
+        documents = self.indexes[pack.source].kind == "documents"
+        return documents and self._drawn(self.config.p_next, "p_next", pack.id)
 
     def _drawn(self, probability: float, *purpose: int | str) -> bool:
         return probability > 0 and Random(self.seed, *purpose).uniform() < probability

@@ -15,6 +15,7 @@ from megatron_atum.data.index import SourceIndex
 from megatron_atum.data.pieces import whole_turns
 from megatron_atum.data.rng import Random
 
+SHORTENED = "shortened"  # conversations that lose turns at their end; the others of `dropped` are lost as a whole
 SMALL = 2048  # usable samples; a source with fewer is packed several passes at a time
 
 
@@ -25,7 +26,7 @@ class Group:
     samples: NDArray[np.int64]  # [n] numbers within the source
     tokens: NDArray[np.int64]  # [n]
     images: NDArray[np.int64]  # [n]
-    dropped: dict[str, int]  # reason -> samples of which no row of this run can hold anything
+    dropped: dict[str, int]  # reason -> samples that no row of this run can hold; SHORTENED: only in part
 
 
 class Epoch:
@@ -50,12 +51,16 @@ class Epoch:
         parts = [_usable(index, int(shard)) for shard in self._groups[number]]
         samples, tokens, images = (np.concatenate([part[place] for part in parts]) for place in range(3))
         too_long, too_many = tokens > row_tokens, images > index.max_images
+        shortened = 0
         if index.kind == "documents":  # they are cut instead
             too_long, too_many = np.zeros_like(too_long), np.zeros_like(too_many)
         elif index.kind == "conversations":
-            too_long, too_many = _without_answer(index, samples, too_long | too_many, row_tokens)
+            too_large = too_long | too_many
+            too_long, too_many = _without_answer(index, samples, too_large, row_tokens)
+            shortened = int((too_large & ~(too_long | too_many)).sum())
         fits = ~(too_long | too_many)
         dropped = {"too_long": int(too_long.sum()), "too_many_images": int((too_many & ~too_long).sum())}
+        dropped[SHORTENED] = shortened
         samples, tokens, images = samples[fits], tokens[fits], images[fits]
         random = Random(self._seed, "samples", index.name, self.number, number)
         order = np.concatenate([random.permutation(len(samples)) for _ in range(self.passes)])

@@ -64,6 +64,7 @@ class Planner:
         self._shares = [shares[index.name] for index in indexes]
         self._row_tokens = sequence_length
         self._packs = 0
+        self.rows = 0  # handed out since the run began, also before its stream was restarted
         self._digests = [stream.digest() for stream in self.streams]
         identity = [STATE_VERSION, list(zip(self._names, self._shares, self._digests, strict=True))]
         self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -73,6 +74,7 @@ class Planner:
         source = self._furthest_behind()
         row = self.streams[source].next()
         self._packs += 1
+        self.rows += 1
         return Pack(self._packs - 1, source, row.samples, row.tokens, row.images, row.cuts)
 
     def tokens(self) -> dict[str, int]:
@@ -80,7 +82,7 @@ class Planner:
         return {name: stream.position.tokens for name, stream in zip(self._names, self.streams, strict=True)}
 
     def dropped(self) -> dict[str, dict[str, int]]:
-        """Samples too long for a row, by source and reason, of what has been read."""
+        """Samples too large for a row, by source and reason (Group.dropped), of what has been read."""
         return {name: stream.dropped() for name, stream in zip(self._names, self.streams, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,15 +91,21 @@ class Planner:
             name: [digest, stream.state()]
             for name, digest, stream in zip(self._names, self._digests, self.streams, strict=True)
         }
-        return {"version": STATE_VERSION, "hash": self.hash, "packs": self._packs, "sources": sources}
+        return {
+            "version": STATE_VERSION,
+            "hash": self.hash,
+            "packs": self._packs,
+            "rows": self.rows,
+            "sources": sources,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], on_change: str = "error") -> None:
         """Goes to a position of this same stream.
 
         Args:
             on_change: when the state belongs to another stream: `error`; `restart` begins this stream at its first
-                pack; `continue` goes on with the next number: sources that are as they were go on where they were,
-                others begin, and the shares are kept from here on.
+                pack, while `rows` goes on; `continue` goes on with the next number: sources that are as they were go
+                on where they were, others begin, and the shares are kept from here on.
 
         Raises:
             DataError: the state belongs to another stream, or is none.
@@ -107,7 +115,7 @@ class Planner:
             if state["version"] == STATE_VERSION and state["hash"] == self.hash:
                 self._load(state, {name: state["sources"][name][1] for name in self._names})
             elif on_change == "restart":
-                self._load({"packs": 0}, {})
+                self._load({"packs": 0, "rows": _rows(state)}, {})
             elif on_change == "continue":
                 self._load(state, self._unchanged(state["sources"]))
             else:
@@ -128,7 +136,7 @@ class Planner:
         return deficits.index(max(deficits))
 
     def _load(self, state: Mapping[str, Any], positions: Mapping[str, list[Any]]) -> None:
-        self._packs = int(state["packs"])
+        self._packs, self.rows = int(state["packs"]), _rows(state)
         for name, stream in zip(self._names, self.streams, strict=True):
             stream.load_state(positions.get(name, [0, 0, 0, 0, 0, {}]))
 
@@ -156,6 +164,11 @@ class Planner:
             f"data state belongs to another data stream: {'; '.join(what) or 'the weights or their order changed'}. "
             "Restore it, start a new run, or say data.on_change=continue or restart"
         )
+
+
+def _rows(state: Mapping[str, Any]) -> int:
+    """A state without them is one of a stream that was never restarted."""
+    return int(state.get("rows", state.get("packs", 0)))
 
 
 def _check_state(state: Any, on_change: str) -> None:

@@ -100,16 +100,20 @@ class Sidecar:
 
     def turns(self, row: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """[turns of a conversation] their ends, and which are the assistant's."""
-        part = self._turns_of(row)
-        ends = self.arrays["turn_end"][part]
-        return ends, self.arrays["answer_start"][part] < ends
+        ends, starts = self.turn_bounds(row)
+        return ends, starts < ends
+
+    def turn_bounds(self, row: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """[turns of a conversation] `turn_end` and `answer_start`."""
+        part = slice(*self.arrays["first_turn"][row : row + 2].tolist())
+        return self.arrays["turn_end"][part], self.arrays["answer_start"][part]
 
     def answer_mask(self, row: int) -> NDArray[np.bool_]:
         """[tokens of a conversation] Whether a token lies in an answer, its <end_of_utterance> included."""
-        part, size = self._turns_of(row), int(self.first_token[row + 1] - self.first_token[row])
-        edges = np.zeros(size + 1, np.int8)
-        np.add.at(edges, self.arrays["answer_start"][part], 1)
-        np.add.at(edges, self.arrays["turn_end"][part], -1)
+        ends, starts = self.turn_bounds(row)
+        edges = np.zeros(int(self.first_token[row + 1] - self.first_token[row]) + 1, np.int8)
+        np.add.at(edges, starts, 1)
+        np.add.at(edges, ends, -1)
         return edges[:-1].cumsum() > 0
 
     def text_member(self, row: int) -> Member:
@@ -120,9 +124,6 @@ class Sidecar:
 
     def image_members(self, row: int) -> list[Member]:
         return [self.image_member(row, number) for number in range(len(self.image_positions(row)))]
-
-    def _turns_of(self, row: int) -> slice:
-        return slice(*self.arrays["first_turn"][row : row + 2].tolist())
 
     def _member(self, place: int) -> Member:
         return Member(int(self.arrays["member_block"][place]) * BLOCK, int(self.arrays["member_size"][place]))

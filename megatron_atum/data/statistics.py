@@ -57,7 +57,7 @@ class MixtureFacts:
     fewest_images: int  # of a row
     most_images: int
     run_epochs: float  # times that a run of `run_rows` reads the source
-    too_long: dict[str, int] = field(default_factory=dict)  # samples that no row can hold, in what was read whole
+    too_long: dict[str, int] = field(default_factory=dict)  # as Group.dropped, of what was read whole
 
 
 @dataclass(frozen=True)

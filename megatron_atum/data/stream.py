@@ -50,7 +50,7 @@ class Position:
     window: int = 0  # within the group
     row: int = 0  # within the window
     tokens: int = 0  # handed out so far
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> samples, in groups that are finished
+    dropped: dict[str, int] = field(default_factory=dict)  # as Group.dropped, of groups that are finished
 
 
 class SourceStream:
@@ -83,7 +83,7 @@ class SourceStream:
         return row
 
     def dropped(self) -> dict[str, int]:
-        """Samples that did not fit a row, of the groups that have been read."""
+        """Samples that did not fit a row, and conversations shortened, of the groups that have been read."""
         return dict(self.position.dropped)
 
     def digest(self) -> str:

@@ -98,5 +98,5 @@ class Tokenizer:
             if piece not in (UNK_ID, wanted):  # piece_to_id answers <unk> for what is no piece
                 raise DataError(
                     f"tokenizer {name} has {token} as piece {piece}, but the model expects it added with id {wanted}; "
-                    "give a tokenizer without image tokens"
+                    "give the one that the language model was trained with, without image tokens and <end_of_utterance>"
                 )

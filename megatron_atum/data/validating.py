@@ -223,7 +223,7 @@ def _same_ids(one: Sidecar, one_row: int, other: Sidecar, other_row: int) -> boo
         np.array_equal(one.image_positions(one_row), other.image_positions(other_row)),
     ]
     if one.info.kind == "conversations":
-        same.append(np.array_equal(one.answer_mask(one_row), other.answer_mask(other_row)))
+        same += map(np.array_equal, one.turn_bounds(one_row), other.turn_bounds(other_row))
     return all(same)
 
 

@@ -32,7 +32,7 @@ class SegmentPlan:
 
     tokens_T: Tensor  # places in the flattened [S,b] text, ordered by image
     images_K: Tensor  # images that are seen, in the order of their tokens
-    groups: tuple[tuple[int, int], ...]  # (images, tokens of each); the first is empty, so that none is no special case
+    groups: tuple[tuple[int, int], ...]  # (images, tokens of each); at least one: an empty one if no image is seen
 
     def to(self, device: torch.device) -> SegmentPlan:
         tokens_T = self.tokens_T.to(device, non_blocking=True)
@@ -86,8 +86,8 @@ def segment_plan(image_index_bS: Tensor, images_per_row: Tensor) -> SegmentPlan:
     order_N[images_K] = torch.arange(len(images_K))
     tokens_T = torch.argsort(order_N[image_Sb], stable=True)[: int(count_N.sum())]
     lengths, images = torch.unique_consecutive(count_N[images_K], return_counts=True)
-    groups = ((0, 0), *zip(images.tolist(), lengths.tolist(), strict=True))
-    return SegmentPlan(tokens_T, images_K, groups)
+    groups = tuple(zip(images.tolist(), lengths.tolist(), strict=True))
+    return SegmentPlan(tokens_T, images_K, groups or ((0, 0),))
 
 
 def select_latents(latents_NLV: Tensor, plan: AttentionPlan) -> Tensor:

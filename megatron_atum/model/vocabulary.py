@@ -27,7 +27,6 @@ from megatron_atum.model.linear import column_linear
 from megatron_atum.parallel.gradients import mark_replicated
 from megatron_atum.parallel.groups import ProcessGroups
 
-
 TOKENS_AT_A_TIME = 128  # of which exponentials are taken
 
 
@@ -81,7 +80,8 @@ class DecoupledEmbedding(MegatronModule):
         index_sb, is_added_sb = self._own_tokens(input_ids_bS - self.vocab_size), self._own_tokens(is_added_bS)
         # Every added row takes part, so that its gradient is reached whatever tokens the microbatch has.
         added_sbH = nn.functional.embedding(index_sb.clamp(min=0), self.added())
-        return torch.where(is_added_sb[:, :, None], added_sbH, base_sbH)
+        # Not in the order [b,s,H]: projections of rows that do not lie one after the other are batched, and slower.
+        return torch.where(is_added_sb[:, :, None], added_sbH, base_sbH).contiguous()
 
     def _own_tokens(self, x_bS: Tensor) -> Tensor:
         """[b,S] -> [s,b]: this rank's share of the sequence."""

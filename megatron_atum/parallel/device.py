@@ -36,6 +36,10 @@ _PEAK_BF16 = {
 }
 
 
+# What a lack of memory is called by NCCL and the driver; cuBLAS and cuDNN; torch's allocator of host memory.
+_NO_MEMORY = ("out of memory", "status_alloc_failed", "can't allocate memory")
+
+
 def has_accelerator() -> bool:
     return torch.cuda.is_available()
 
@@ -100,10 +104,23 @@ def peak_flops(dtype: torch.dtype) -> float | None:
 
 
 def memory_gib() -> float:
-    """Most memory that tensors have taken on the device at once; on a CPU, that the process has taken."""
+    """Most memory that tensors have taken on the device at once, since the start or `reset_peak_memory`; on a CPU,
+    that the process has taken since its start."""
     if has_accelerator():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB
+
+
+def reset_peak_memory() -> None:
+    """`memory_gib` counts from here. A process's own peak cannot be reset, so on a CPU nothing happens."""
+    if has_accelerator():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for what its own allocator is refused; libraries that allocate by themselves tell in words."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _NO_MEMORY)
 
 
 def profiler_activities() -> list[ProfilerActivity]:

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_atum.errors import ConfigError
 from megatron_atum.parallel.cpu_compat import emulated_cuda, install_cpu_rng
 from megatron_atum.parallel.device import backend, device
 from megatron_atum.parallel.layout import Chunk, ParallelLayout
@@ -59,11 +60,22 @@ def set_timeout(timeout_s: float) -> None:
 
 
 def keep_flight_record(folder: Path) -> None:
-    """NCCL's watchdog writes the last collectives of each rank there when one times out. Before groups exist."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """NCCL's watchdog writes the last collectives of each rank there when one times out. Before groups exist.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    if not torch.cuda.is_available():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made ({error}); set logging.root to a folder that can") from None
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # 0 would record nothing
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl-flight-record-rank-"))
+    for prefix in ("TORCH_FR", "TORCH_NCCL_TRACE"):  # the second is how older torch calls it
+        os.environ.setdefault(f"{prefix}_BUFFER_SIZE", "2000")  # 0 would record nothing
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        os.environ.setdefault(name, str(folder / "nccl-flight-record-rank-"))
 
 
 def start_distributed(timeout_s: float = TIMEOUT_S) -> None:

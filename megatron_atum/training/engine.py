@@ -126,7 +126,7 @@ class Engine:
         self.scheduler.step(increment=1)
 
     def forward_backward(self, batches: list[Batch]) -> tuple[LossSettings, list[Tensor]]:
-        """Gradients of a step, reduced. Returns what `report_sums` needs."""
+        """Gradients of a step, reduced. Returns what `own_report` needs."""
         self.forget_gradients()
         settings = loss_settings(batches, self.config.training, self.groups, self.sources, self.device)
         inputs = prepare(batches, self.config.model, self.groups, self.device, self.dtype)
@@ -170,7 +170,14 @@ class Engine:
         """
         length, training = self.config.data.sequence_length, self.config.training
         work = Work(tokens // length, length, images)
-        executed = executed_flops(self.config.model, work, training.recompute)
+        executed = executed_flops(
+            self.config.model,
+            work,
+            training.recompute,
+            method=training.recompute_method,
+            layers=training.recompute_layers,
+            units_per_chunk=self.groups.layout.units_per_chunk,
+        )
         return model_flops(self.config.model, work).total, executed.total
 
     @property

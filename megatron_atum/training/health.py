@@ -51,6 +51,7 @@ class Health:
     bad_steps: int = 0  # steps that were not applied, in all
     bad_in_a_row: int = 0
     spikes_in_a_row: int = 0
+    spikes_began: int = 0  # step of the first of them; steps between may have been bad for another reason
     windows: dict[str, deque[float]] = field(default_factory=dict)  # last losses by source
 
     def judge(self, step: int, result: StepResult) -> Verdict:
@@ -59,27 +60,32 @@ class Health:
             return self._bad(Verdict(applies=False, finite=False))
         losses = _by_source(result.losses)
         spikes = tuple(spike for source, loss in losses.items() if (spike := self._spike(source, loss)) is not None)
+        self.spikes_began = self.spikes_began if self.spikes_in_a_row else step
         self.spikes_in_a_row = self.spikes_in_a_row + 1 if spikes else 0
         if spikes and self.config.spike == "skip_data":
             return self._bad(Verdict(applies=False, spikes=spikes))
-        self.bad_in_a_row = 0
         # With rollback, losses that are to be undone do not count as normal ones.
         if not spikes or self.config.spike == "log":
             self._remember(losses)
         if spikes and self.config.spike == "rollback" and self.spikes_in_a_row >= self.config.spike_steps:
-            first = step - self.spikes_in_a_row + 1
-            return Verdict(applies=False, spikes=spikes, back_before=first)
+            return Verdict(applies=False, spikes=spikes, back_before=self.spikes_began)
+        self.bad_in_a_row = 0
         return Verdict(applies=True, spikes=spikes)
 
-    def begin_again(self) -> None:
-        """Count spikes anew."""
-        self.spikes_in_a_row = 0
+    def cannot_roll_back(self, verdict: Verdict) -> Verdict:
+        """The step is not applied, and counts as a bad one."""
+        return self._bad(Verdict(applies=False, spikes=verdict.spikes))
+
+    def stopped(self) -> None:
+        """A run that goes on after it was stopped has all its bad steps before it again."""
+        self.bad_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
             "spikes_in_a_row": self.spikes_in_a_row,
+            "spikes_began": self.spikes_began,
             "windows": {source: list(window) for source, window in self.windows.items()},
         }
 
@@ -88,6 +94,7 @@ class Health:
         self.bad_steps = state.get("bad_steps", 0)
         self.bad_in_a_row = state.get("bad_in_a_row", 0)
         self.spikes_in_a_row = state.get("spikes_in_a_row", 0)
+        self.spikes_began = state.get("spikes_began", 0)
         self.windows = {source: self._window(losses) for source, losses in state.get("windows", {}).items()}
 
     def _bad(self, verdict: Verdict) -> Verdict:

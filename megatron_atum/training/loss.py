@@ -75,7 +75,7 @@ def loss_function(settings: LossSettings, batch: StageInput) -> Callable[[Tensor
     """The function megatron-core's schedule applies to the output of the last stage."""
 
     def apply(output: Tensor) -> tuple[Tensor, Tensor]:
-        """output [2,b,S] (cross entropy, logsumexp) -> (loss for backward, report as `report_sums` reads it)."""
+        """output [2,b,S] (cross entropy, logsumexp) -> (loss for backward, report as `own_report` adds them up)."""
         nll_bS, log_sum_exp_bS = output
         nll_sum_b = (nll_bS * batch.loss_mask).sum(-1)
         count_b = batch.loss_mask.sum(-1)
@@ -107,21 +107,12 @@ def _report(
     return report
 
 
-def report_sums(
-    reports: list[Tensor], settings: LossSettings, groups: ProcessGroups, device: torch.device
-) -> dict[str, float]:
-    """Losses of the step, on every rank. Collective over all ranks.
+def own_report(reports: list[Tensor], sources: tuple[str, ...], groups: ProcessGroups, device: torch.device) -> Tensor:
+    """What this rank adds to the report of a step, [2 + 2 x sources] fp64: to be summed over all ranks.
 
     Args:
         reports: of this rank's microbatches; empty on ranks that hold no last stage.
     """
-    total = own_report(reports, settings.sources, groups, device)
-    dist.all_reduce(total)
-    return read_report(total.tolist(), settings.sources)
-
-
-def own_report(reports: list[Tensor], sources: tuple[str, ...], groups: ProcessGroups, device: torch.device) -> Tensor:
-    """What this rank adds to the report of a step, [2 + 2 x sources] fp64: to be summed over all ranks."""
     total = torch.zeros(2 + 2 * len(sources), dtype=torch.float64, device=device)
     if reports and groups.tensor_rank == 0:  # tensor ranks hold copies
         total += torch.stack(reports).sum(0)
@@ -129,7 +120,7 @@ def own_report(reports: list[Tensor], sources: tuple[str, ...], groups: ProcessG
 
 
 def read_report(values: list[float], sources: tuple[str, ...]) -> dict[str, float]:
-    """Losses from a summed report: loss, z_loss, and loss/<source> of the sources that were there."""
+    """Losses from the sum of all ranks' `own_report`: loss, z_loss, loss/<source> of the sources that were there."""
     losses = {"loss": values[0], "z_loss": values[1]}
     for place, name in enumerate(sources):
         nll_sum, count = values[2 + 2 * place : 4 + 2 * place]

@@ -107,7 +107,7 @@ class Terminal:
         """Show a step: the names of metrics.jsonl; `mfu` and `bad_steps` may be missing."""
         if not self.shows:
             return
-        self.seconds += values["step_s"] + values.get("checkpoint_s", 0.0)
+        self.seconds += values["step_s"] + values.get("checkpoint_s", 0.0) + values.get("validation_s", 0.0)
         self.done += 1
         step = values["step"]
         if self.bar is not None:

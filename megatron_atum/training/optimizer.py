@@ -13,6 +13,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
+from megatron_atum.checkpoint.optimizer_state import inner_optimizers
 from megatron_atum.checkpoint.weights import rows_of
 from megatron_atum.config.schema import Config, OptimizerConfig
 from megatron_atum.model.stage import AtumStage
@@ -122,7 +123,17 @@ def build_optimizer(
         optimizer = get_megatron_optimizer(mcore, chunks, groups, use_gloo_process_groups=False)
     for stage in stages:
         stage.config.grad_scale_func = optimizer.scale_loss
+    _use_fused_kernel(optimizer)
     return optimizer
+
+
+def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
+    """torch's AdamW goes over all parameters in one kernel if asked; megatron-core has no setting for it. Apex and
+    Transformer Engine do so anyway."""
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, torch.optim.AdamW):
+            for group in inner.param_groups:
+                group["fused"] = True
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig) -> OptimizerParamScheduler:

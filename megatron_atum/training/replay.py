@@ -12,7 +12,7 @@ from megatron_atum.checkpoint.run_checkpoint import RunCheckpoint
 from megatron_atum.checkpoint.weights import fill
 from megatron_atum.data.planner import Pack
 from megatron_atum.parallel.groups import ProcessGroups
-from megatron_atum.training.diagnosis import bad_parameters
+from megatron_atum.training.diagnosis import bad_parameters, in_forward_order
 from megatron_atum.training.engine import Engine
 from megatron_atum.training.feed import StepFeed
 from megatron_atum.training.start import Start
@@ -26,8 +26,8 @@ def replay_step(start: Start, groups: ProcessGroups, bad: dict[str, Any]) -> dic
         bad: what diagnosis.py kept of the step.
 
     Returns:
-        the same on every rank: losses, gradient norm, weights whose gradients are not finite, and rows by loss, the
-        worst first.
+        the same on every rank: losses, gradient norm, weights whose gradients are not finite in the order of a forward
+        pass (diagnosis.py: why the last one is the one to look at), and rows by loss, the worst first.
     """
     engine = _engine(start, groups)
     start.loader.load_state_dict(bad["data"])
@@ -52,7 +52,7 @@ def replay_step(start: Start, groups: ProcessGroups, bad: dict[str, Any]) -> dic
         "finite": result.is_finite,
         "loss": repr(result.losses["loss"]),
         "grad_norm": repr(result.grad_norm),
-        "bad_parameters": list(dict.fromkeys(name for part in names for name in part)),
+        "bad_parameters": in_forward_order((name for part in names for name in part), start.config.model),
         "rows": sorted(by_pack.values(), key=_worst_first),
     }
 

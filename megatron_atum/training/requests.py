@@ -2,7 +2,8 @@
 
 SIGTERM and SIGUSR1 ask for a checkpoint and an end that is to be continued (exit code 85); a second one ends the
 process at once. RUN/save asks for a checkpoint, RUN/stop for one and an end; both files are removed when it is done.
-A request counts once any rank has seen it: all ranks learn of it together with the losses of the step.
+A request counts once any rank has seen it: all ranks learn of it together with the losses of the step. RUN/stop counts
+more than a signal: who wrote it does not want the job started again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megatron_atum.data.loader import SAME_REQUEST_S
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-SAME_REQUEST_S = 1.0  # a launcher passes on what the whole process group has got already
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,15 @@ class Asked:
 
     save: bool = False
     stop: bool = False  # by file
-    signal: bool = False  # to be continued
+    signal: bool = False
 
     @property
     def ends(self) -> bool:
         return self.stop or self.signal
+
+    @property
+    def is_continued(self) -> bool:
+        return self.signal and not self.stop
 
 
 class Requests:
@@ -45,6 +51,7 @@ class Requests:
     def __init__(self, run_folder: Path, rank: int) -> None:
         self._files = {name: run_folder / name for name in ("save", "stop")} if rank == 0 else {}
         self._first_at: float | None = None
+        self._deaf = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Requests:
@@ -71,6 +78,11 @@ class Requests:
         """From the sums of `seen`."""
         return Asked(save=sums["save"] > 0, stop=sums["stop"] > 0, signal=sums["signal"] > 0)
 
+    def ignore_more(self) -> None:
+        """The checkpoint is complete, and what is left to do takes seconds: a launcher that ends the other ranks once
+        the first is through must not end this one in the middle of it."""
+        self._deaf = True
+
     def fulfilled(self, asked: Asked) -> None:
         """Remove the files of what has been done."""
         for name, path in self._files.items():
@@ -88,9 +100,9 @@ class Requests:
         now = time.monotonic()
         if self._first_at is None:
             self._first_at = now
-        elif now - self._first_at > SAME_REQUEST_S:
+        elif now - self._first_at > SAME_REQUEST_S and not self._deaf:
             os._exit(128 + number)
 
 
 def _no_action(number: int, frame: FrameType | None) -> None:
-    """Instead of the default, which ends the process. Data workers inherit it."""
+    """Instead of the default, which ends the process."""

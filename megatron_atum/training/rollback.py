@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Rollback:
 
 
 def read_rollbacks(run_folder: Path, step: int) -> list[Rollback]:
-    """Those that a run at this step has behind it: later ones belong to a history that was given up.
+    """Those that a run at this step has behind it. What came after its last one is a history that was given up; what
+    came before it counts, also if it went back less far.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -47,7 +48,7 @@ def read_rollbacks(run_folder: Path, step: int) -> list[Rollback]:
         return []
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore it, or remove it to forget them") from None
-    return [rollback for rollback in rollbacks if rollback.to <= step]
+    return rollbacks[: max((number + 1 for number, one in enumerate(rollbacks) if one.to <= step), default=0)]
 
 
 def write_rollbacks(run_folder: Path, rollbacks: list[Rollback]) -> None:
@@ -73,41 +74,38 @@ def later_than(checkpoints: Path, folder: Path) -> list[Path]:
     return [path for path in step_folders(checkpoints) if path.name > folder.name]
 
 
+def find_good(checkpoint: RunCheckpoint, before: int) -> Path | None:
+    """`last_good`, the same on all ranks: one looks, since a folder may be on its way to the others. Collective."""
+    found = [last_good(checkpoint.checkpoints, before) if checkpoint.groups.rank == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
 def roll_back(
-    checkpoint: RunCheckpoint, run_folder: Path, before: int, rollback: Rollback, earlier: list[Rollback]
-) -> tuple[Rollback, RunState] | None:
-    """Load the last good checkpoint, and put what is newer out of the way. Collective over all ranks.
+    checkpoint: RunCheckpoint, run_folder: Path, folder: Path, rollback: Rollback, earlier: list[Rollback]
+) -> RunState:
+    """Load a checkpoint, put what is newer out of the way, and record it. Collective over all ranks.
 
     Args:
-        before: step that the checkpoint must be older than.
-        rollback: what is to be kept of it; `to` is filled in.
+        rollback: what is to be recorded.
         earlier: the run's rollbacks so far.
 
-    Returns:
-        What happened, and the checkpoint's state; None: there is no such checkpoint.
-
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or the rollback not be recorded.
     """
-    found = [last_good(checkpoint.checkpoints, before) if checkpoint.groups.rank == 0 else None]
-    dist.broadcast_object_list(found)  # one rank looks: a folder may be on its way to the others
-    if found[0] is None:
-        return None
-    folder = found[0]
     state = together(lambda: read_state(folder))
     checkpoint.load(state)
-    done = replace(rollback, to=state.step)
 
     def write() -> None:
         if checkpoint.groups.rank != 0:
             return
         try:
-            # In this order: killed in between, the run starts from a newer checkpoint and finds the spike again.
-            write_rollbacks(run_folder, [*earlier, done])
-            for folder in later_than(checkpoint.checkpoints, state.folder):
-                shutil.rmtree(folder)
+            # In this order: killed in between, the run starts from this checkpoint and finds the spike again.
+            for later in later_than(checkpoint.checkpoints, folder):
+                shutil.rmtree(later)
+            write_rollbacks(run_folder, [*earlier, rollback])
         except OSError as error:
-            raise CheckpointError(f"the rollback to {state.folder} could not be recorded: {error}") from None
+            raise CheckpointError(f"the rollback to {folder} could not be recorded: {error}") from None
 
     together(write)
-    return done, state
+    return state

@@ -20,7 +20,14 @@ from megatron_atum.batch import NO_IMAGE, Batch, image_slice, shift_labels
 from megatron_atum.checkpoint.optimizer_state import optimizer_shards
 from megatron_atum.config.schema import Config
 from megatron_atum.errors import ConfigError
-from megatron_atum.parallel.device import device_name, has_accelerator, memory_gib
+from megatron_atum.parallel.device import (
+    device_name,
+    has_accelerator,
+    is_out_of_memory,
+    memory_gib,
+    reset_peak_memory,
+    wait_for_device,
+)
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.parallel.random_state import random_state, set_random_state
 from megatron_atum.training.engine import Engine
@@ -30,7 +37,7 @@ _PACKAGES = ("megatron-core", "transformer-engine", "apex")
 
 
 def describe(engine: Engine, shares: dict[str, float], weights_from: str) -> str:
-    """Several lines. Collective over all ranks.
+    """Several lines, to be shown by rank 0. Collective over all ranks.
 
     Args:
         shares: of the sources' tokens.
@@ -40,7 +47,9 @@ def describe(engine: Engine, shares: dict[str, float], weights_from: str) -> str
     mixture = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
     return "\n".join(
         [
-            f"Megatron-ATUM {__version__} ({git_state()}), Python {platform.python_version()}, {_versions()}",
+            # On one rank: hundreds that ask git at once would keep a shared file system busy.
+            f"Megatron-ATUM {__version__} ({git_state() if groups.rank == 0 else 'code as on rank 0'}), "
+            f"Python {platform.python_version()}, {_versions()}",
             f"devices: {groups.layout.world_size} x {device_name()}, {dist.get_backend()}, weights {engine.dtype}",
             f"layout: {groups.layout.describe()}",
             f"groups of rank 0: {_groups(groups)}",
@@ -48,17 +57,21 @@ def describe(engine: Engine, shares: dict[str, float], weights_from: str) -> str
             f"kernels: torch; {_optimizer(engine)}",
             f"{_recompute(config)}; schedule {config.optimizer.schedule}, "
             f"lr {config.optimizer.lr:g} to {config.optimizer.min_lr:g}",
-            f"batch: {config.training.global_batch_size} rows of {config.data.sequence_length} tokens, "
-            f"{config.training.micro_batch_size} per microbatch",
+            f"batch: {_batch(config)}",
             f"weights: {weights_from}",
             f"data: shares of tokens: {mixture}",
         ]
     )
 
 
-def git_state(folder: Path = Path(__file__).parent) -> str:
-    """Commit of the code, and whether it was changed since."""
+def git_state(file: Path = Path(__file__)) -> str:
+    """Commit of the code, and whether it was changed since.
+
+    A package that is installed somewhere inside another repository is not tracked there, and has no commit.
+    """
+    folder = file.parent
     try:
+        _git(folder, "ls-files", "--error-unmatch", file.name)
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
         return f"commit {commit}{', with changes' if _git(folder, 'status', '--porcelain', '-uno') else ''}"
     except (OSError, subprocess.SubprocessError):
@@ -129,6 +142,13 @@ def _optimizer(engine: Engine) -> str:
     return ", ".join(parts)
 
 
+def _batch(config: Config) -> str:
+    training = config.training
+    begins = f"from {training.ramp_up.start} to " if training.ramp_up.start else ""
+    rows = f"{begins}{training.global_batch_size} rows of {config.data.sequence_length} tokens"
+    return f"{rows}, {training.micro_batch_size} per microbatch"
+
+
 def _recompute(config: Config) -> str:
     training = config.training
     if training.recompute != "full":
@@ -146,8 +166,8 @@ def wants_dry_step(config: Config) -> bool:
 def dry_step(engine: Engine, most_images: int) -> str:
     """Run the largest batch forward and backward and forget it. Collective over all ranks.
 
-    Gradients, random state and data are as if it had not been. Memory of optimizer states that do not exist before
-    the first step is taken for as long as it lasts.
+    Gradients, random state and data are as if it had not been; times and peaks of memory count from its end.
+    Memory of optimizer states that do not exist before the first step is taken for as long as it lasts.
 
     Args:
         most_images: of a row.
@@ -170,17 +190,21 @@ def dry_step(engine: Engine, most_images: int) -> str:
         ]
         engine.forward_backward(batches)
         del states
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"{what} does not fit on rank {engine.groups.rank}: {str(error).splitlines()[0]}; lower "
             "training.micro_batch_size or data.sources[*].max_images, raise parallel.tensor or parallel.pipeline, or "
             "use training.recompute"
         ) from None
     engine.forget_gradients()
-    engine.forward_watch.take()
     set_random_state(state)
     peak = torch.tensor(memory_gib(), device=engine.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    wait_for_device()
+    engine.forward_watch.take()
+    reset_peak_memory()
     return f"{what} takes {float(peak):.2f} GiB at most on a device, optimizer states included"
 
 

@@ -82,6 +82,8 @@ class StepReport:
             "faults": data.faults,
             **self._slowest(result.per_rank["forward_s"]),
         }
+        if phases.get("validation"):
+            values["validation_s"] = phases["validation"]
         if self._peak is not None:
             values["mfu"] = model / device_s / self._peak
         if result.sums["energy_counters"] == self._layout.world_size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_atum.batch import StepData
@@ -13,8 +13,8 @@ from megatron_atum.checkpoint.files import write_text
 from megatron_atum.checkpoint.run_checkpoint import RunCheckpoint, Saved
 from megatron_atum.checkpoint.weights import fill, initialise
 from megatron_atum.config.loader import to_yaml
-from megatron_atum.errors import AtumError, CheckpointError, ConfigError, HealthFailure
-from megatron_atum.parallel.agreement import together
+from megatron_atum.errors import AtumError, CheckpointError, ConfigError, DataFailure, HealthFailure
+from megatron_atum.parallel.agreement import all_true, together
 from megatron_atum.parallel.groups import ProcessGroups, set_timeout
 from megatron_atum.parallel.liveness import Liveness
 from megatron_atum.training.corruption import FrozenWeights
@@ -23,10 +23,11 @@ from megatron_atum.training.diagnosis import diagnose, summary_of, write_bad_ste
 from megatron_atum.training.engine import Engine, StepResult
 from megatron_atum.training.feed import StepFeed
 from megatron_atum.training.health import Health, Verdict
+from megatron_atum.training.metrics import print_line
 from megatron_atum.training.optimizer import scale_learning_rates
 from megatron_atum.training.profiling import ProfileWindow
 from megatron_atum.training.requests import Asked, Requests
-from megatron_atum.training.rollback import Rollback, roll_back
+from megatron_atum.training.rollback import Rollback, find_good, roll_back
 from megatron_atum.training.run_log import RunLog
 from megatron_atum.training.self_check import describe, dry_step, wants_dry_step
 from megatron_atum.training.start import Start, place_of
@@ -34,6 +35,7 @@ from megatron_atum.training.step_report import Phases, StepReport
 from megatron_atum.training.validation import validate
 
 DONE, REQUEUE = 0, 85  # exit codes
+SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class TakenStep:
 class Trainer:
     """Trains from a confirmed start to `training.steps`. Its process groups must exist."""
 
-    def __init__(self, start: Start, groups: ProcessGroups, liveness: Liveness) -> None:
+    def __init__(self, start: Start, groups: ProcessGroups, liveness: Liveness, requests: Requests) -> None:
+        """Args: requests: in use as a context manager."""
         self.start, self.config, self.groups, self.liveness = start, start.config, groups, liveness
         self.step = start.resume.step if start.resume else 0
         self.saved_at = self.step
@@ -59,8 +62,11 @@ class Trainer:
         self.engine = Engine(self.config, groups)
         self.health = Health(self.config.health)
         self.log = RunLog(self.config, start.run_folder, groups.rank, self.step)
-        self.requests = Requests(start.run_folder, groups.rank)
-        self.profile = ProfileWindow(self.config.logging, start.run_folder, groups.rank, self.log.say)
+        self.requests = requests
+        self.begun = False  # whether a step is done
+        self.save_asked: int | None = None  # step of the save that RUN/save asked for
+        say = print_line if groups.rank else self.log.say
+        self.profile = ProfileWindow(self.config.logging, start.run_folder, groups.rank, say)
         self.phases = Phases()
         self._fill_weights()
         self.frozen = FrozenWeights(self.engine.stages, groups)
@@ -75,16 +81,15 @@ class Trainer:
         Raises:
             HealthFailure: the run cannot go on by itself; what can be saved has been saved.
         """
-        with self.requests:
-            self._begin()
-            try:
-                asked = self._train()
-            except (AtumError, HealthFailure):
-                self._say_faults()  # they may be why
-                self.profile.close()
-                self.log.close()
-                raise
-            return self._end(asked)
+        self._begin()
+        try:
+            return self._end(self._train())
+        except (AtumError, DataFailure, HealthFailure) as error:  # on all ranks
+            self._say_faults()  # they may be why
+            self._write_summary("failed", 2 if isinstance(error, AtumError) else 1, str(error))
+            self.profile.close()
+            self.log.close()
+            raise
 
     def _train(self) -> Asked:
         asked = Asked()
@@ -121,20 +126,26 @@ class Trainer:
     def _look_after(self, asked: Asked) -> None:
         """Between two steps: validation, checksums, checkpoints."""
         config, step = self.config, self.step
-        if step == self.first_step:
-            set_timeout(config.health.step_timeout_s)
-            self.liveness.set_timeout(config.health.step_timeout_s)
-        if _due(step, config.training.validate_every) and self.start.validation:
-            values = validate(self.engine, self.start.validation, self.liveness.beat)
+        if not self.begun:
+            self.begun = True
+            self._set_timeout("step_timeout_s")
+        if _due(step, config.training.validate_every) and not asked.ends:
+            with self.phases.of("validation"):
+                values = validate(self.engine, self.start.validation, self.liveness.beat)
             self.log.event("validation", step, **values)
-            self.log.say(f"validation after step {step}: loss {values['loss']:.4f}")
+            losses = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if "perplexity" not in name)
+            self.log.say(f"validation after step {step}: {losses or 'no source has a token that counts'}")
         if _due(step, config.health.checksum_every):
             self.frozen.check()
         with self.phases.of("checkpoint"):
+            save_asked = asked.save and self.save_asked is None  # else its save is under way
             self._tell(self.checkpoint.poll())
-            if _due(step, config.checkpoint.save_every) or asked.save:
+            if _due(step, config.checkpoint.save_every) or save_asked:
                 self._save()
-        self.requests.fulfilled(Asked(save=asked.save))
+        if save_asked:
+            self.save_asked = self.saved_at
+            self.log.say(f"RUN/save asks for a checkpoint of step {self.saved_at}")
+            self._save_is_there()
 
     def _compute(self, data: StepData) -> StepResult:
         if self._wants_details():
@@ -164,10 +175,14 @@ class Trainer:
             self.log.event("spike", step, source=spike.source, loss=spike.loss, median=spike.median, z=spike.z)
             self.log.say(f"step {step}: {spike}")
         if verdict.back_before is not None:
-            self._roll_back(verdict, verdict.back_before)
-        elif not verdict.applies:
-            self._keep_bad_step(taken)
+            if self._roll_back(verdict, verdict.back_before):
+                return
+            verdict = self.health.cannot_roll_back(verdict)
+            self.log.say(f"step {step}: there is no checkpoint from before the spike to go back to")
+        if not verdict.applies:
+            self._keep_bad_step(replace(taken, verdict=verdict))
         if verdict.stop:
+            self.health.stopped()
             self._save()
             self._tell(self.checkpoint.wait())
             raise HealthFailure(
@@ -185,33 +200,41 @@ class Trainer:
             except OSError as error:  # a full disk: the log has the essentials
                 self.log.say(f"the bad step could not be kept for replay: {error}")
 
-    def _roll_back(self, verdict: Verdict, before: int) -> None:
-        """Weights and optimizer of the last good checkpoint; the data goes on behind the spike."""
-        if len(self.rollbacks) >= self.config.health.max_rollbacks:
+    def _roll_back(self, verdict: Verdict, before: int) -> bool:
+        """Weights and optimizer of the last good checkpoint; the data goes on behind the spike.
+
+        Returns:
+            False: there is no such checkpoint.
+        """
+        health = self.config.health
+        if len(self.rollbacks) >= health.max_rollbacks:
             raise HealthFailure(
-                f"step {self.step}: {verdict.spikes[0]}, after health.max_rollbacks={len(self.rollbacks)} rollbacks"
+                f"step {self.step}: {verdict.spikes[0]}, and the run went back {len(self.rollbacks)} times already "
+                f"(health.max_rollbacks={health.max_rollbacks}). Look at the data of the spike (tools/data/stats.py, "
+                f"docs/health.md), then raise it, or health.rollback_skip; checkpoints from step {before} on have seen "
+                "the spike: remove them to start from before it"
             )
         self._tell(self.checkpoint.wait())
-        left_out = min(self.config.health.rollback_skip, self.config.training.steps - self.step)
+        folder = find_good(self.checkpoint, before)
+        if folder is None:
+            return False
+        self._set_timeout("start_timeout_s")  # as much is read as at a start
+        left_out = min(health.rollback_skip, self.config.training.steps - self.step)
         for _ in range(left_out):
             self._next_data()
             self.liveness.beat()
-        wanted = Rollback(self.step, -1, self.feed.state_dict(), str(verdict.spikes[0]))
-        done = roll_back(self.checkpoint, self.start.run_folder, before, wanted, self.rollbacks)
-        if done is None:
-            self.log.say(f"step {self.step}: no checkpoint before step {before} to go back to; training goes on")
-            self.health.begin_again()
-            return
-        rollback, state = done
+        to = int(folder.name.removeprefix("step-"))
+        rollback = Rollback(self.step, to, self.feed.state_dict(), str(verdict.spikes[0]))
+        state = roll_back(self.checkpoint, self.start.run_folder, folder, rollback, self.rollbacks)
         self.rollbacks.append(rollback)
-        self.feed.more(self.step + left_out - rollback.to)
-        self.step = self.saved_at = rollback.to
+        self.feed.more(self.step + left_out - to)
+        self.step = self.saved_at = to
         self.health.load_state_dict(state.health)
         self._lower_learning_rates()
-        self.log.event("rollback", rollback.to, **{"from": rollback.step, "reason": rollback.reason})
-        self.log.say(
-            f"step {rollback.step}: {rollback.reason}; back to the weights of step {rollback.to}, data goes on"
-        )
+        self.log.event("rollback", to, **{"from": rollback.step, "left_out": left_out, "reason": rollback.reason})
+        self.log.say(f"step {rollback.step}: {rollback.reason}; back to the weights of step {to}, the data goes on")
+        self._set_timeout("step_timeout_s")
+        return True
 
     def _lower_learning_rates(self) -> None:
         """Once for each rollback, one by one also at a restart: the last bit depends on it."""
@@ -227,6 +250,7 @@ class Trainer:
             together(lambda: fill(engine.stages, model, self.groups, weights))
         elif resume is None:
             initialise(engine.stages, model, self.groups, self.config.training.seed)
+        self.liveness.beat()
         engine.build_optimizer()
         assets = together(lambda: start.assets() if self.groups.rank == 0 else {})
         beat = self.liveness.beat
@@ -239,6 +263,7 @@ class Trainer:
             self._lower_learning_rates()
         if start.checkpoint is not None:
             self.checkpoint.take_frozen(start.checkpoint)
+        self.liveness.beat()
 
     def _save(self) -> None:
         if self.saved_at == self.step:
@@ -252,16 +277,28 @@ class Trainer:
             self.save_error = saved.error
             times = {"blocked_s": round(saved.blocked_s, 3), "total_s": round(saved.total_s, 3)}
             if saved.error:
+                self.save_asked = None  # the file is still there, and asks again
                 self.log.event("save_failed", saved.step, error=saved.error, **times)
                 self.log.say(f"{saved.error}\ntraining goes on; the checkpoint before it is as it was")
             else:
                 self.log.event("save", saved.step, **times)
                 self.log.say(f"saved {saved.folder}")
+        self._save_is_there()
+
+    def _save_is_there(self) -> None:
+        """What RUN/save asked for."""
+        if self.save_asked is not None and not self.checkpoint.is_saving:
+            self.requests.fulfilled(Asked(save=True))
+            self.save_asked = None
 
     # Begin and end ---------------------------------------------------------------------------------------------------
 
+    def _set_timeout(self, key: str) -> None:
+        seconds = getattr(self.config.health, key)
+        set_timeout(seconds)
+        self.liveness.set_timeout(seconds, f"health.{key}")
+
     def _begin(self) -> None:
-        self.first_step = self.step + 1
         together(self._begin_files)
         self.feed = StepFeed(self.start.loader, self.groups, self.config.training.steps - self.step)
         self.report = StepReport(self.engine, socket.gethostname())
@@ -279,6 +316,7 @@ class Trainer:
             self.log.open(self.step)
             self.log.event("resume" if self.start.resume else "start", self.step)
             if self.groups.rank == 0:
+                (self.start.run_folder / SUMMARY).unlink(missing_ok=True)  # of an earlier end
                 write_text(self.start.run_folder / "config.yaml", to_yaml(self.config))
         except OSError as error:
             raise ConfigError(f"the run folder {self.start.run_folder} cannot be written: {error}") from None
@@ -298,35 +336,41 @@ class Trainer:
         """Raises CheckpointError if the last step could not be saved."""
         self._save()
         self._tell(self.checkpoint.wait())
+        if self.save_error:
+            raise CheckpointError(self.save_error)
+        self.requests.ignore_more()
         self._say_faults()
         self.feed.close()
         self.profile.close()
         over = self.step >= self.config.training.steps
-        code = REQUEUE if asked.signal and not over else DONE
+        code = REQUEUE if asked.is_continued and not over else DONE
         if asked.ends and not over:
-            self.log.event("signal" if asked.signal else "stop", self.step)
-            self.log.say(f"stopped after step {self.step} {'by a signal' if asked.signal else 'as RUN/stop asks'}")
+            self.log.event("signal" if asked.is_continued else "stop", self.step)
+            who = "a signal" if asked.is_continued else "RUN/stop"
+            self.log.say(f"stopped after step {self.step}, as {who} asked")
         self._write_summary("done" if over else "stopped", code)
         self.log.close()
-        if self.save_error:
-            raise CheckpointError(self.save_error)
         self.requests.fulfilled(asked)
+        all_true(True)  # a launcher may end the others when the first is through, and rank 0 has most to do
         return code
 
-    def _write_summary(self, ended: str, code: int) -> None:
-        if self.groups.rank == 0:
-            summary = {
-                "ended": ended,
-                "exit_code": code,
-                "step": self.step,
-                "steps": self.config.training.steps,
-                "bad_steps": self.health.bad_steps,
-                "rollbacks": len(self.rollbacks),
-                "faults": self.feed.fault_report(),
-                "layout": self.groups.layout.describe(),
-            }
-            with contextlib.suppress(OSError):  # the run is over, and its checkpoint is there
-                write_text(self.start.run_folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    def _write_summary(self, ended: str, code: int, why: str = "") -> None:
+        """How the run ended, for who looks at it, and for launchers that hide exit codes (torchrun)."""
+        if self.groups.rank:
+            return
+        summary = {
+            "ended": ended,
+            "exit_code": code,
+            "why": why,
+            "step": self.step,
+            "steps": self.config.training.steps,
+            "bad_steps": self.health.bad_steps,
+            "rollbacks": len(self.rollbacks),
+            "faults": self.feed.fault_report(),
+            "layout": self.groups.layout.describe(),
+        }
+        with contextlib.suppress(OSError):  # the run is over, and its checkpoint is there
+            write_text(self.start.run_folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
 def _due(step: int, every: int) -> bool:

@@ -20,6 +20,7 @@ from megatron_atum.batch import Batch
 from megatron_atum.config.schema import DataConfig, SourceConfig
 from megatron_atum.data.fill import sample_sizes
 from megatron_atum.data.flags import FLAGS
+from megatron_atum.data.image_attention import previous_image_index
 from megatron_atum.data.index import SourceIndex, open_source
 from megatron_atum.data.loader import StepLoader
 from megatron_atum.data.pieces import whole_turns
@@ -285,8 +286,9 @@ def test_every_conversation_is_shown_cut_or_counted(index: SourceIndex, monkeypa
     rows.pop()  # of the next epoch
     dropped = stream.dropped()
     shown = [sample for row in rows for sample in row.samples]
+    assert set(dropped) == {"too_long", "too_many_images", "shortened"}
+    shortened = dropped.pop("shortened")
     assert len(set(shown)) == len(shown) == len(index) - sum(dropped.values())
-    assert set(dropped) == {"too_long", "too_many_images"}
     cuts = 0
     for row in rows:
         places = {cut.place: cut for cut in row.cuts}
@@ -298,7 +300,7 @@ def test_every_conversation_is_shown_cut_or_counted(index: SourceIndex, monkeypa
                 ends, is_answer = sidecar.turns(number)
                 assert places[place].start == 0 and places[place].stop in ends[is_answer]
                 cuts += 1
-    assert cuts > 5
+    assert cuts == shortened > 5
     packs = [Pack(0, 0, *row) for row in rows]
     for row, pack in zip(rows, packs, strict=True):
         sizes = list(sample_sizes(index, [pack]))
@@ -369,3 +371,92 @@ def test_a_cut_conversation_ends_like_a_whole_one(
             text = "".join({1: "S", 2: "E", tokenizer.end_of_utterance_id: "U"}.get(token, "t") for token in ids)
             assert all(one.startswith("S") and one.endswith("U") for one in text.split("E")[:-1]) and text.endswith("E")
             assert batch.images_per_row[place] == ids.count(tokenizer.image_id)
+
+
+def test_answers_never_look_ahead(data_config: Callable[..., DataConfig], chats: Path, tokenizer: Tokenizer) -> None:
+    """They stand behind the image that they are about."""
+    for batch in batches(data_config, chats, 240, 12, p_next=1.0):
+        for place, source in enumerate(batch.source):
+            if source == "chat":
+                ids_S = batch.input_ids[place]
+                behind_S = previous_image_index(ids_S, tokenizer.image_id, tokenizer.eos_id)
+                assert torch.equal(batch.image_index[place], behind_S)
+
+
+# Broken images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_broken(tmp_path: Path, jpeg: bytes, tokenizer: Tokenizer) -> SourceConfig:
+    """Two images each, of which "second" and "both" lost some, and a conversation without any."""
+    broken = jpeg[:-40]
+    images = {"fine": [jpeg, jpeg], "second": [jpeg, broken], "both": [broken, broken], "none": []}
+    records = [
+        ConversationRecord(name, [(U, ["a", *found]), (A, [name]), (U, ["b"]), (A, [name])])
+        for name, found in images.items()
+    ]
+    write_shard(tmp_path / "0.tar", records)
+    return SourceConfig("mine", str(tmp_path / "*.tar"), kind="conversations", max_images=5)
+
+
+LOST = ("second", "both")
+
+
+@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+def test_a_conversation_with_a_broken_image_is_not_learnt(
+    data_config: Callable[..., DataConfig], some_broken: SourceConfig, tokenizer: Tokenizer, loss_on: str
+) -> None:
+    """Beside others in its row, which are."""
+    config = data_config(sources=[some_broken], sequence_length=150, loss_on=loss_on, max_fault_rate=0.2)
+    loader, plain = (StepLoader(config, VOCAB_SIZE, 32, seed=7, **PLACEMENT) for _ in range(2))
+    step = loader.next_step()
+    whole = plain.next_step(lambda plan, codes, error: torch.zeros_like(codes))  # as if none were broken
+    seen, mixed = dict.fromkeys(("fine", "none", *LOST), 0), 0
+    for batch, other in zip(step.microbatches, whole.microbatches, strict=True):
+        for name in ("input_ids", "labels", "z_mask", "position_ids", "images_per_row"):
+            assert torch.equal(getattr(batch, name), getattr(other, name)), name
+        for row, ids_S in enumerate(batch.input_ids):
+            ids, begin = ids_S.tolist(), 0
+            names = []
+            while tokenizer.eos_id in ids[begin:]:
+                end = ids.index(tokenizer.eos_id, begin) + 1
+                labels = slice(max(0, begin - 1), end - 1)  # the positions that predict its tokens
+                name = next(name for name in seen if name in tokenizer.decode(ids[begin:end]))
+                counts = batch.loss_mask[row, labels]
+                expected = other.loss_mask[row, labels]
+                assert torch.equal(counts, torch.zeros_like(expected) if name in LOST else expected) and expected.any()
+                seen[name], begin = seen[name] + 1, end
+                names.append(name in LOST)
+            assert not batch.loss_mask[row, begin:].any()
+            mixed += len(set(names)) == 2
+    assert min(seen.values()) > 0 and mixed > 2
+    report = {"corrupt_image": seen["second"] + 2 * seen["both"], "masked_conversation": seen["second"] + seen["both"]}
+    assert loader.fault_report() == {"mine": report}
+    assert step.faults == report["corrupt_image"]  # conversations are no faults of their own
+    assert "does not count in the loss" in step.messages[0]
+    resumed = StepLoader(config, VOCAB_SIZE, 32, seed=7, **PLACEMENT)
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert resumed.fault_report() == loader.fault_report() and resumed.faults.total == step.faults
+
+
+def test_all_ranks_mask_the_same(data_config: Callable[..., DataConfig], some_broken: SourceConfig) -> None:
+    """Tensor ranks that decode other images, and a stage that decodes none."""
+    config = data_config(sources=[some_broken], sequence_length=150, max_fault_rate=0.2)
+
+    def loader(**place: Any) -> StepLoader:
+        return StepLoader(config, VOCAB_SIZE, 32, seed=7, **(PLACEMENT | place))
+
+    alone = loader()
+    whole = alone.next_step()
+    places = [{"tensor_rank": rank, "tensor_size": 2} for rank in range(2)] + [{"encodes_images": False}]
+    found: list[torch.Tensor] = []
+    for place in places:
+        loader(**place).next_step(lambda plan, codes, error: found.append(codes) or codes)
+    assert not torch.equal(found[0], found[1]) and not found[2].any()
+    merged = torch.stack(found).amax(0)
+    for place in places:
+        one = loader(**place)
+        for ours, theirs in zip(one.next_step(lambda *_: merged).microbatches, whole.microbatches, strict=True):
+            assert torch.equal(ours.loss_mask, theirs.loss_mask)
+            assert torch.equal(ours.image_index, theirs.image_index)
+        assert one.fault_report() == alone.fault_report() and one.faults.total == whole.faults

@@ -20,6 +20,7 @@ from megatron_atum.data.images import IMAGE_FAULTS, decode_image, eval_pixels
 from megatron_atum.data.loader import StepLoader
 from megatron_atum.data.microbatch import MicrobatchBuilder
 from megatron_atum.data.planner import Pack
+from megatron_atum.data.rng import Random
 from megatron_atum.data.shards import DocumentRecord, PairRecord, read_shard, write_shard
 from megatron_atum.data.storage import ForbiddenFile, Storage
 from megatron_atum.data.tokenizer import Tokenizer
@@ -173,13 +174,24 @@ def test_close_goes_back_to_the_last_step(make_loader: MakeLoader, data_config: 
 
 
 def test_p_next_is_drawn_per_row(make_loader: MakeLoader, data_config: MakeConfig, tokenizer: Tokenizer):
+    """Of documents. A caption would see no image: FAKE IMG FAKE caption."""
     looks_ahead = []
     for batch in steps(make_loader(data_config(p_next=0.5)), 4):
-        for ids_S, index_S in zip(batch.input_ids, batch.image_index, strict=True):
+        for row, (ids_S, index_S) in enumerate(zip(batch.input_ids, batch.image_index, strict=True)):
             tokens = (tokenizer.image_id, tokenizer.eos_id)
-            looks_ahead.append(torch.equal(index_S, next_image_index(ids_S, *tokens)))
-            assert looks_ahead[-1] or torch.equal(index_S, previous_image_index(ids_S, *tokens))
+            drawn = Random(7, "p_next", int(batch.pack_ids[row])).uniform() < 0.5
+            ahead = batch.source[row] == "web" and drawn
+            assert torch.equal(index_S, (next_image_index if ahead else previous_image_index)(ids_S, *tokens))
+            looks_ahead += [ahead] if batch.source[row] == "web" else []
     assert 0.2 < sum(looks_ahead) / len(looks_ahead) < 0.8
+
+
+def test_captions_never_look_ahead(make_loader: MakeLoader, data_config: MakeConfig, tokenizer: Tokenizer):
+    config = data_config(p_next=1.0)
+    config.sources = config.sources[1:]
+    for batch in steps(make_loader(config), 2):
+        texts_bS = (batch.input_ids > tokenizer.eos_id) & (batch.input_ids < tokenizer.fake_id)
+        assert texts_bS.any() and (batch.image_index[texts_bS] != NO_IMAGE).all()
 
 
 def test_augmentation_and_seed_change_pixels(make_loader: MakeLoader, data_config: MakeConfig):
@@ -240,6 +252,7 @@ def test_no_token_sees_a_broken_image(
                 assert (number in seen_S) is not is_broken
                 assert bool(batch.pixels[first[row] + number].any()) is not is_broken
         assert torch.equal(batch.images_per_row, (batch.input_ids == tokenizer.image_id).sum(-1))  # shapes stay
+        assert torch.equal(batch.loss_mask.sum(-1), batch.position_ids.amax(-1).float())  # captions count all the same
     assert broken > 0 and step.faults == broken
     assert loader.fault_report() == {"s": {"corrupt_image": broken}}
     assert step.messages[0].startswith("s: corrupt_image: an image of k1 in ")

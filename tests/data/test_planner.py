@@ -222,6 +222,10 @@ def test_restart_begins_at_the_first_pack(what: str) -> None:
     take(one, 5)
     one.load_state_dict(stored(before), "restart")
     assert take(one, 50) == take(make(), 50)
+    assert (one.state_dict()["packs"], one.rows) == (50, 120)  # the rows of the run go on
+    again = make()
+    again.load_state_dict(stored(one))
+    assert again.rows == 120
 
 
 @pytest.mark.parametrize("on_change", ON_CHANGE)
@@ -231,6 +235,17 @@ def test_the_same_stream_goes_on_whatever_is_asked_for(on_change: str) -> None:
     one = make()
     one.load_state_dict(stored(before), on_change)
     assert take(one, 50) == take(before, 50)
+
+
+def test_a_state_without_rows_is_one_that_was_never_restarted() -> None:
+    before = make()
+    take(before, 70)
+    old = {key: value for key, value in stored(before).items() if key != "rows"}
+    for state, on_change in ((old, "error"), (old | {"hash": "x"}, "continue"), (old | {"hash": "x"}, "restart")):
+        one = make()
+        one.load_state_dict(state, on_change)
+        assert one.rows == 70
+    assert one.state_dict()["packs"] == 0
 
 
 def test_continue_goes_on_with_what_is_unchanged() -> None:

@@ -125,6 +125,23 @@ def test_resume_in_the_middle(make_loader: MakeLoader, data_config: MakeConfig, 
         check_same([step], [StepData([b for pair in zip(*mine, strict=True) for b in pair], 0, ())])
 
 
+def test_a_restart_of_the_stream_keeps_the_batch_size(make_loader: MakeLoader, data_config: MakeConfig) -> None:
+    """Other data, the same run: a batch that shrank would meet the learning rate of a large one."""
+    first = make_loader(**RAMP)
+    for _ in range(4):
+        first.next_step()
+    state = json.loads(json.dumps(first.state_dict()))
+    first.close()
+    other = make_loader(data_config(on_change="restart", filters=["no_image"], sequence_length=200), **RAMP)
+    other.load_state_dict(state)
+    steps = take(other, 1)
+    state = json.loads(json.dumps(other.state_dict()))
+    other.load_state_dict(state)
+    found = [rows_of(step) for step in [*steps, *take(other, 2)]]
+    assert [len(rows) for rows in found] == SIZES[4:]
+    assert [row for rows in found for row in rows] == list(range(sum(SIZES[4:])))
+
+
 def test_stages_without_images_follow(make_loader: MakeLoader) -> None:
     found = [rows_of(step) for step in take(make_loader(**RAMP, encodes_images=False), len(SIZES))]
     assert [len(rows) for rows in found] == SIZES

@@ -69,5 +69,5 @@ def test_other_control_ids():
 
 
 def test_image_token_as_a_piece():
-    with pytest.raises(DataError, match="without image tokens"):
+    with pytest.raises(DataError, match=r"has <image> as piece .* without image tokens and <end_of_utterance>"):
         Tokenizer(train(user_defined_symbols=[IMAGE_TOKEN]), 300)

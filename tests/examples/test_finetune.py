@@ -48,7 +48,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     }
     script = f"set -eu -o pipefail\n{COMMANDS}"
     ran = subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     return folder / "runs" / "finetune", ran.stdout
@@ -71,9 +71,8 @@ def test_the_conversations_are_learnt_by_heart(done: tuple[Path, str]) -> None:
     assert losses[0] > 4 and losses[-1] < 0.03
 
 
-def test_the_page_ends_with_the_trained_answers(done: tuple[Path, str]) -> None:
-    caption = make_chats.PHOTOS["cat"][2]
-    assert done[1].splitlines()[-2:] == [caption, make_chats.TALKS[0][1]]
+def test_the_page_ends_with_the_trained_answer(done: tuple[Path, str]) -> None:
+    assert done[1].splitlines()[-1] == make_chats.PHOTOS["cat"][2]
 
 
 def test_every_answer_is_that_of_its_image(done: tuple[Path, str]) -> None:
@@ -91,6 +90,36 @@ def test_every_answer_is_that_of_its_image(done: tuple[Path, str]) -> None:
         assert ask(model, processor, make_chats.QUESTION, image, 32) == make_chats.PHOTOS[name][2]
     for question, answer, *_ in make_chats.TALKS:
         assert ask(model, processor, question, None, 32) == answer
+
+
+class Echo:
+    """A model that says nothing."""
+
+    device = "cpu"
+
+    def generate(self, **inputs: Any) -> Any:
+        self.prompt = inputs["input_ids"][0].tolist()
+        return inputs["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "question", ["http://x.example/a.jpg", " ftp://x.example:80/a", "http:\n//x/a", "a: b://c", "Is it?"]
+)
+def test_a_question_is_never_fetched(done: tuple[Path, str], question: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(done[0] / "exported")
+    fetch = processor.image_processor.fetch_images
+    monkeypatch.setattr(
+        processor.image_processor,
+        "fetch_images",
+        lambda found: pytest.fail() if isinstance(found, str) else fetch(found),
+    )
+    model = Echo()
+    assert importlib.import_module("ask").ask(model, processor, question, Image.new("RGB", (8, 8)), 1) == ""
+    image = "<fake_token_around_image><image><fake_token_around_image>"
+    prompt = f"<s>User:{image}{question.strip(' ')}<end_of_utterance>\nAssistant:"
+    assert model.prompt == processor.tokenizer(prompt, add_special_tokens=False).input_ids
 
 
 # The large model cannot run here; its configuration can -----------------------------------------------------------
@@ -127,7 +156,7 @@ def test_the_published_configuration_overfits_on_a_small_scale(done: tuple[Path,
     where = [f"checkpoint.init={base}", f"data.tokenizer={base}", f"data.sources={sources}", f"logging.root={done[0]}"]
     command = [sys.executable, "pretrain_atum.py", "--config", "examples/atum-9b/instruct.yaml", *where, *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     assert "shares of tokens: svit 69.09%, pairs 30.91%" in ran.stdout
     losses = step_losses(done[0] / "instruct", "loss/svit")
@@ -153,6 +182,7 @@ def test_the_large_configuration_fits_its_processes() -> None:
     config, processes = large_config()
     ParallelLayout.from_config(config, processes)
     assert config.data.loss_on == "assistant" and config.model.additional_vocab_size == 3
+    assert config.training.loss_normalization == "tokens"  # of answers, however few are in a row
     assert not (config.model.freeze.text or config.model.freeze.vision or config.model.freeze.lm_head)
     assert [source.name for source in config.data.sources] == ["mine"] and config.data.validation == []
 

@@ -16,12 +16,13 @@ from megatron_atum.checkpoint.table import weight_table
 from megatron_atum.config.loader import load_config, to_yaml
 from megatron_atum.config.schema import Config
 from megatron_atum.data.mixture import MIXTURES, shares
+from megatron_atum.data.shards import PairRecord, write_shard
 from megatron_atum.flops import Work, model_flops
 from megatron_atum.parallel.layout import ParallelLayout
 from megatron_atum.training.optimizer import build_scheduler
 from megatron_atum.training.parameter_groups import check_groups, decays, trains
 from tests.faults.conftest import data as data  # a fixture
-from tests.faults.runs import RUN, SMALL, data_overrides, lines_of, run
+from tests.faults.runs import RUN, SMALL, data_overrides, events_of, lines_of, run
 
 ROOT = Path(__file__).parents[2]
 TABLE = (ROOT / "docs/recipe.md").read_text()
@@ -192,7 +193,8 @@ def test_a_key_that_is_its_default_is_not_hidden(name: str) -> None:
 SHRUNK = [
     *(override for override in SMALL if not override.startswith(("optimizer.", "training.precision"))),
     "parallel={tensor: 1, pipeline: 1, units_per_chunk: null}",
-    "data.validation=[]",
+    "data.validation_packs=2",
+    "training.validate_every=2",
     "training.steps=3",
     "training.micro_batch_size=1",
     "checkpoint.init=null",
@@ -203,7 +205,12 @@ SHRUNK = [
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("pretrain")])
 def test_the_same_file_trains_here(name: str, data: Path, tmp_path: Path) -> None:
     """Smaller by overrides, in one process: nothing else is another."""
-    outcome = run(tmp_path, ["--config", str(path_of(name)), *SHRUNK, *data_overrides(data)], 1)
+    (tmp_path / "held").mkdir()
+    photo = (data / "photos" / "cat.jpg").read_bytes()
+    write_shard(tmp_path / "held" / "pairs-00000.tar", [PairRecord("held", photo, "the cat again, and held out")])
+    held_out = f"data.validation=[{{name: held, shards: '{tmp_path}/held/*.tar', kind: pairs}}]"
+    changes = [*SHRUNK, *data_overrides(data), held_out]
+    outcome = run(tmp_path, ["--config", str(path_of(name)), *changes], 1)
     assert outcome.codes == [0], outcome.logs
     steps = [line for line in lines_of(tmp_path) if "event" not in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
@@ -211,3 +218,4 @@ def test_the_same_file_trains_here(name: str, data: Path, tmp_path: Path) -> Non
     assert [line["lr"] for line in steps] == pytest.approx([k * RECIPES[name].lr / 2000 for k in range(3)])
     assert "bfloat16" in outcome.logs[0]
     assert list((tmp_path / RUN / "tensorboard").iterdir())
+    assert [event["step"] for event in events_of(tmp_path, "validation")] == [2]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.faults.poison import make_poisoned
 from tests.faults.runs import (
@@ -88,13 +89,23 @@ def test_a_bad_step_is_not_applied_and_told_of(layout: str, data: Path, tmp_path
     assert f"step 3 was not applied: loss {lines[2]['loss']!r}"[:40] in outcome.logs[0]
 
 
-def test_a_bad_step_leaves_the_weights_alone(data: Path, tmp_path: Path) -> None:
-    """Step 4 sees the weights of step 3: with a constant rate of 0 for the others this would prove nothing."""
-    assert trained(tmp_path / "bad", data, "pp2", "training.steps=4", hook=break_step_3).codes == [0, 0]
-    assert trained(tmp_path / "good", data, "pp2", "training.steps=4").codes == [0, 0]
-    bad, good = numbers_of(tmp_path / "bad"), numbers_of(tmp_path / "good")
-    assert [line["loss"] for line in bad[:3]] == [line["loss"] for line in good[:3]]
-    assert bad[3]["loss"] != good[3]["loss"]
+def tensors_of(root: Path, step: int) -> dict[str, Any]:
+    """Weights and moments of a checkpoint, as they are stored."""
+    from safetensors.torch import load_file
+
+    folder = checkpoints_of(root) / f"step-{step:08d}"
+    found = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    return {f"{file}/{name}": tensor for file, tensors in found.items() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2"])
+def test_a_bad_step_leaves_weights_and_moments_alone(layout: str, data: Path, tmp_path: Path) -> None:
+    changes = ["training.steps=4", "checkpoint.save_every=1", "training.precision=bf16"]
+    assert trained(tmp_path, data, layout, *changes, hook=break_step_3).codes == [0, 0]
+    before, bad, after = (tensors_of(tmp_path, step) for step in (2, 3, 4))
+    trained_ones = [name for name in before if not name.split("/")[1].startswith("random")]
+    assert all(torch.equal(before[name], bad[name]) for name in trained_ones)
+    assert any(not torch.equal(before[name], after[name]) for name in trained_ones if "exp_avg_sq" in name)
 
 
 def test_too_many_bad_steps_end_the_run_and_can_be_replayed(data: Path, tmp_path: Path) -> None:
@@ -208,8 +219,31 @@ def test_rollback_goes_back_and_jumps_over_the_data(poisoned: list[str], tmp_pat
     assert resumed[-(STEPS - 30) :] == expected[-(STEPS - 30) :]
 
 
-def test_rollback_at_a_layout(poisoned: list[str], tmp_path: Path) -> None:
-    outcome = run(tmp_path, [*poisoned, *ROLLBACK, "parallel.pipeline=2"], 2)
+def test_without_a_checkpoint_to_go_back_to_the_spike_is_left_out(poisoned: list[str], tmp_path: Path) -> None:
+    changes = [
+        "checkpoint.save_every=1000",
+        "health.spike=rollback",
+        "health.rollback_skip=5",
+        "health.max_bad_steps=20",
+    ]
+    outcome = run(tmp_path, [*poisoned, *changes], 1)
+    assert outcome.codes == [0], outcome.logs
+    assert not events_of(tmp_path, "rollback")
+    assert f"step {FIRST_BAD + 2}: there is no checkpoint from before the spike" in outcome.logs[0]
+    bad = [event["step"] for event in events_of(tmp_path, "bad_step")]
+    assert bad and bad[0] == FIRST_BAD + 2
+    assert [line["step"] for line in numbers_of(tmp_path)] == list(range(1, STEPS + 1))
+
+
+LAYOUT_OVERRIDES = {
+    "pp2": ["parallel.pipeline=2"],
+    "dp2": ["optimizer.overlap_param_gather=true", "training.micro_batch_size=1"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUT_OVERRIDES)
+def test_rollback_at_a_layout(layout: str, poisoned: list[str], tmp_path: Path) -> None:
+    outcome = run(tmp_path, [*poisoned, *ROLLBACK, *LAYOUT_OVERRIDES[layout]], 2)
     assert outcome.codes == [0, 0], outcome.logs
     assert [(event["step"], event["from"]) for event in events_of(tmp_path, "rollback")] == [(30, FIRST_BAD + 2)]
     assert numbers_of(tmp_path)[-1]["loss"] < 0.2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.faults.runs import RUN, SMALL, Outcome, checkpoints_of, data_overrides, events_of, numbers_of, run
@@ -66,6 +68,45 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     root = tmp_path_factory.mktemp("uninterrupted")
     assert trained(root, data).codes == [0, 0]
     return numbers_of(root)
+
+
+def signals_to_everyone(rank: int) -> None:
+    """As a scheduler does: to the training processes and to those that read data for them."""
+
+    def signal_all() -> None:
+        for process in [*psutil.Process().children(), psutil.Process()]:
+            process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)  # a worker that the signal ended would be missed
+
+    multiprocessing.set_start_method("fork", force=True)  # as it is where no fork server started this process
+    _in_step(3, signal_all)
+
+
+def test_data_workers_stay_for_the_last_steps(data: Path, uninterrupted: list[dict[str, Any]], tmp_path: Path) -> None:
+    changes = ["data.workers=1", "training.global_batch_size=2"]
+    outcome = trained(tmp_path, data, *changes, hook=signals_to_everyone)
+    assert outcome.codes == [REQUEUE, REQUEUE], outcome.logs
+    assert trained(tmp_path, data, *changes).codes == [0, 0]
+    assert numbers_of(tmp_path) == uninterrupted
+
+
+def usr1_to_the_workers(rank: int) -> None:
+    """It must not look as if the training process had been asked."""
+
+    def signal_workers() -> None:
+        for process in psutil.Process().children():
+            process.send_signal(signal.SIGUSR1)
+            print("signalled a worker")
+        time.sleep(0.3)
+
+    multiprocessing.set_start_method("fork", force=True)
+    _in_step(2, signal_workers)
+
+
+def test_a_signal_to_the_workers_alone_is_none(data: Path, tmp_path: Path) -> None:
+    outcome = trained(tmp_path, data, "data.workers=1", hook=usr1_to_the_workers)
+    assert outcome.codes == [0, 0], outcome.logs
+    assert "signalled a worker" in outcome.logs[0]
 
 
 @pytest.mark.parametrize("hook", [term_to_rank_1, usr1_to_rank_0, term_twice_at_once])

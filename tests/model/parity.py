@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_atum.checkpoint.hf_config import from_hf
 from megatron_atum.checkpoint.weights import gather_rows, named_weights
-from megatron_atum.training.loss import report_sums
 from tests.layouts import Degrees, build_engine, test_config
 from tests.model.cases import Expected, pixels_of_rank
+from tests.training.losses import report_sums
 
 NEVER_TRAINED = "post_layernorm"
 

@@ -7,7 +7,13 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from megatron_atum.parallel import device
-from megatron_atum.parallel.device import memory_gib, peak_flops, profiler_activities
+from megatron_atum.parallel.device import (
+    is_out_of_memory,
+    memory_gib,
+    peak_flops,
+    profiler_activities,
+    reset_peak_memory,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +58,38 @@ def test_memory_of_a_process_grows_with_what_it_takes(monkeypatch: pytest.Monkey
     assert block.numel() and before + 0.2 < memory_gib() < 3 * before + 1
 
 
+def test_the_peak_of_a_process_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_accelerator", lambda: False)
+    before = memory_gib()
+    reset_peak_memory()
+    assert memory_gib() >= before > 0.0
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.OutOfMemoryError("any words"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("ncclUnhandledCudaError: Call to CUDA function failed.\nCuda failure 2 'out of memory'"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_is_a_lack_of_memory(error: RuntimeError, memory: bool) -> None:
+    assert is_out_of_memory(error) is memory
+
+
 @pytest.mark.gpu
 def test_memory_of_a_device() -> None:
     block = torch.ones(2**28, device="cuda")
     assert block.numel() and 1.0 <= memory_gib() < 200
+    del block
+    reset_peak_memory()
+    assert memory_gib() < 1.0
+    with pytest.raises(RuntimeError) as told:
+        torch.empty(2**45, device="cuda")
+    assert is_out_of_memory(told.value)
     assert ProfilerActivity.CUDA in profiler_activities()

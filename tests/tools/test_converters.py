@@ -187,7 +187,7 @@ def test_help_has_examples(tool: object, capsys: Capture) -> None:
         (from_img2dataset.main, ["--input", "1.tar", "--max-side", "0"], "'0' is not a whole number from 1"),
         (from_img2dataset.main, ["--input", "1.tar", "--shard-bytes", "much"], "'much' is not a size"),
         (from_img2dataset.main, ["--input", "1.tar", "--out", "text.txt"], "--out text.txt is a file"),
-        (from_img2dataset.main, ["--input", "1.tar", "--out", "."], "is not empty"),
+        (from_img2dataset.main, ["--input", "1.tar", "--out", "."], "input 1.tar lies in --out ."),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(

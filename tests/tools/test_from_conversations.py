@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ QUIET = ("--quiet", "--workers", "0", "--threads", "2")
 Capture = pytest.CaptureFixture[str]
 ASK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A picture."}]
 TALK = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
@@ -58,6 +63,57 @@ def test_shards_and_counts(mine: Path, capsys: Capture) -> None:
     assert (out / "chats-00000.tar").stat().st_mtime_ns == before, "made a second time"
 
 
+def test_what_is_written_is_no_input(mine: Path, capsys: Capture) -> None:
+    """The output has files of the suffixes that are read."""
+    (mine / "in" / "more.json").write_text(json.dumps([{"messages": TALK}]))
+    out = mine / "in" / "shards"
+    options = ("--input", mine / "in", "--images", mine / "photos", "--out", out, *QUIET)
+    done = call(from_conversations.main, capsys, *options)
+    assert done.code == 0 and "2 parts converted" in done.out and "kept 5" in done.out, done.err
+    (out / "manifest.json").write_text("[]")  # as of tools/data/index.py
+    before = contents(out)
+    done = call(from_conversations.main, capsys, *options)
+    assert done.code == 0 and "2 parts converted" in done.out and contents(out) == before, done.err
+    done = call(from_conversations.main, capsys, "--input", out, "--out", out, *QUIET)
+    assert done.code == 2 and f"lies in --out {out}, from which nothing is read" in done.err
+
+
+def test_images_of_another_folder_are_not_mixed_in(
+    mine: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(mine, capsys)
+    monkeypatch.chdir(mine)
+    convert(mine, capsys, "--images", "in/../photos")  # the same one
+    (mine / "other").mkdir()
+    options = ("--input", mine / "in", "--out", mine / "out", "--source", "mine", *QUIET)
+    for more in (("--images", mine / "other"), ()):
+        done = call(from_conversations.main, capsys, *options, *more)
+        assert done.code == 2 and f"images '{mine}/photos' (now " in done.err
+
+
+@pytest.mark.parametrize("content", ['{\n  "messages":\n  [\n  ]\n}\n', "[1, 2]", "<html>\n</html>"])
+def test_a_file_of_another_form_is_no_empty_result(tmp_path: Path, capsys: Capture, content: str) -> None:
+    (tmp_path / "mine.json").write_text(content)
+    done = call(from_conversations.main, capsys, "--input", tmp_path / "mine.json", "--out", tmp_path / "out", *QUIET)
+    assert done.code == 2 and "mine.json: none of its" in done.err and "one JSON object a line" in done.err
+    assert "0 parts converted, 0 skipped, 1 failed" in done.out
+
+
+def test_turns_that_do_not_fit_are_shown(mine: Path, capsys: Capture) -> None:
+    talk = [{"role": role, "content": "word " * 6} for role in ("user", "assistant")] * 3
+    write_jsonl(mine / "in" / "chats.jsonl", [{"messages": talk}] * 4)
+    out = convert(mine, capsys)
+    make_data(mine / "tiny")
+    tokenizer = mine / "tiny" / "tokenizer.model"
+    call(index.main, capsys, out, "--kind", "conversations", "--tokenizer", tokenizer, "--workers", "0", "--quiet")
+    source = f"[{{name: mine, shards: {out}/manifest.json, kind: conversations}}]"
+    (mine / "run.yaml").write_text(f"{{model: {{preset: tiny}}, data: {{tokenizer: {tokenizer}, sources: {source}}}}}")
+    options = ("model.additional_vocab_size=3", "data.sequence_length=128", "--packs", "2500")
+    done = call(stats.main, capsys, "--config", mine / "run.yaml", *options)
+    assert done.code == 0 and re.search("mine: shortened [0-9,]+: their last turns do not fit a row", done.out), done
+    assert "no row of this length holds them" not in done.out
+
+
 def test_index_validate_and_stats(mine: Path, capsys: Capture) -> None:
     out = convert(mine, capsys)
     make_data(mine / "tiny")
@@ -89,8 +145,13 @@ def test_changed_texts_are_found(mine: Path, capsys: Capture) -> None:
     options = ("--tokenizer", mine / "tiny" / "tokenizer.model", "--workers", "0", "--quiet")
     call(index.main, capsys, out, "--kind", "conversations", *options)
     stored = read_sidecar(sidecar_path(str(out / "chats-00000.tar")), Storage())
-    arrays = stored.arrays | {"answer_start": stored.arrays["answer_start"] + 1}
-    assert _same_ids(stored, 0, stored, 0) and not _same_ids(stored, 0, Sidecar(stored.info, arrays), 0)
+    assert _same_ids(stored, 0, stored, 0)
+    asked = int(stored.arrays["first_turn"][0])  # the turn of the user, whose end no answer shows
+    for name, places in (("answer_start", slice(None)), ("turn_end", slice(asked, asked + 1))):
+        changed = stored.arrays[name].copy()
+        changed[places] -= 1
+        other = Sidecar(stored.info, stored.arrays | {name: changed})
+        assert not _same_ids(stored, 0, other, 0), name
 
 
 @pytest.mark.parametrize(

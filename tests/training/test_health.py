@@ -107,6 +107,31 @@ def test_rollback_waits_for_several_in_a_row_and_names_the_first() -> None:
     assert [verdict.applies for verdict in verdicts] == [True, True, False]
 
 
+def test_a_bad_step_among_spikes_does_not_hide_the_first_of_them() -> None:
+    judge = health(spike="rollback", spike_steps=3)
+    calm(judge)
+    spiked = result(a=5.0, b=3.0)
+    assert judge.judge(9, spiked).applies
+    assert not judge.judge(10, result(a=math.nan, b=3.0)).finite
+    assert judge.judge(11, spiked).applies
+    assert judge.judge(12, spiked).back_before == 9
+
+
+def test_a_rollback_that_cannot_be_counts_as_a_bad_step() -> None:
+    judge = health(spike="rollback", spike_steps=1, max_bad_steps=2)
+    calm(judge)
+    stops = []
+    for step in (9, 10):
+        verdict = judge.judge(step, result(a=5.0, b=3.0))
+        assert verdict.back_before == 9
+        verdict = judge.cannot_roll_back(verdict)
+        assert not verdict.applies and verdict.back_before is None
+        stops.append(verdict.stop)
+    assert stops[0] == "" and "2 steps in a row were not applied" in stops[1]
+    judge.stopped()
+    assert judge.bad_in_a_row == 0
+
+
 @pytest.mark.parametrize("policy", ["log", "skip_data", "rollback"])
 def test_state_survives_json_to_the_last_bit(policy: str) -> None:
     one = health(spike=policy, max_bad_steps=20)

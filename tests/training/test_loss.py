@@ -17,9 +17,10 @@ from megatron_atum.model.configs import decoder_config
 from megatron_atum.model.vocabulary import DecoupledHead, log_sum_exp_and_target
 from megatron_atum.parallel.gradients import sum_replicated
 from megatron_atum.parallel.groups import ProcessGroups
-from megatron_atum.training.loss import LossSettings, loss_function, loss_settings, report_sums
+from megatron_atum.training.loss import LossSettings, loss_function, loss_settings
 from tests.distributed import run_distributed
 from tests.layouts import Degrees, groups_of
+from tests.training.losses import report_sums
 
 VOCAB, H, B, S = 97, 8, 2, 12
 ADDED = (0, 2, 3)

@@ -134,6 +134,12 @@ def test_the_time_left_counts_steps_that_are_repeated(capsys: pytest.CaptureFixt
     assert "ETA 0:07:00" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_the_time_left_counts_saves_and_validation(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(shows=True, bar=False, total=3, start=0, every=1)
+    terminal.step(values(1) | {"checkpoint_s": 20.0, "validation_s": 40.0})
+    assert "ETA 0:04:00" in capsys.readouterr().out
+
+
 class FakeTerminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -37,6 +37,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_rollbacks(tmp_path, 29) == []
 
 
+def test_one_that_goes_further_back_does_not_forget_those_before_it(tmp_path: Path) -> None:
+    """Learning rates are lowered for each."""
+    further = Rollback(55, 20, {"packs": 280}, "again")
+    write_rollbacks(tmp_path, [FIRST, further])
+    assert read_rollbacks(tmp_path, 20) == [FIRST, further]
+
+
 def test_the_data_goes_on_behind_the_spike_at_its_own_checkpoint_only() -> None:
     of_checkpoint = {"packs": 120}
     assert data_position([FIRST], 30, of_checkpoint) == FIRST.data

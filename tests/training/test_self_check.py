@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from megatron_atum.checkpoint.hf_config import from_hf
 from megatron_atum.errors import ConfigError
+from megatron_atum.parallel.groups import start_distributed, stop_distributed
 from megatron_atum.parallel.random_state import random_state
 from megatron_atum.training import self_check
+from megatron_atum.training.engine import Engine
 from megatron_atum.training.self_check import describe, dry_step, git_state, largest_batch
 from tests.distributed import run_distributed
 from tests.layouts import Degrees, build_engine, test_config
@@ -47,6 +50,8 @@ def described(rank: int, world_size: int, path: str) -> tuple[str, int]:
 def test_a_run_says_what_it_is(path: Path) -> None:
     results = run_distributed(described, 4, str(path))
     text = results[0][0]
+    assert text.startswith("Megatron-ATUM ") and "code as on rank 0" not in text.splitlines()[0]
+    assert "git" not in results[1][0] and "commit" not in results[1][0], "hundreds of ranks would ask at once"
     assert "groups of rank 0: tensor 0, 1, data 0, pipeline 0, 2" in text
     assert "devices: 4 x CPU process, gloo, weights torch.float32" in text
     assert "layout: tensor 2, pipeline 2, data 1, units per chunk [1, 1]" in text
@@ -58,20 +63,26 @@ def test_a_run_says_what_it_is(path: Path) -> None:
 
 
 def test_the_state_of_the_code(tmp_path: Path) -> None:
-    assert git_state(tmp_path) == "no git checkout"
+    code = tmp_path / "code.py"
+    assert git_state(code) == "no git checkout"
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init", "-q")
-    (tmp_path / "code.py").write_text("1")
+    code.write_text("1")
     git("add", ".")
     git("commit", "-qm", "one")
     commit = git("rev-parse", "--short=12", "HEAD")
-    assert git_state(tmp_path) == f"commit {commit}"
-    (tmp_path / "code.py").write_text("2")
-    assert git_state(tmp_path) == f"commit {commit}, with changes"
+    assert git_state(code) == f"commit {commit}"
+    code.write_text("2")
+    assert git_state(code) == f"commit {commit}, with changes"
+
+    installed = tmp_path / ".venv" / "package" / "code.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("3")
+    assert git_state(installed) == "no git checkout", "the commit would be that of another project"
 
 
 # The trial -----------------------------------------------------------------------------------------------------------
@@ -111,30 +122,61 @@ def test_it_leaves_nothing_behind(degrees: Degrees, path: Path) -> None:
         assert results[-1]["pixels"] == 0
 
 
-def test_what_does_not_fit_is_told_with_the_keys_to_turn(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"does not fit on rank 0: CUDA out of memory.*training\.micro_batch_size"):
-        run_without_memory(str(path), monkeypatch)
+class Full:
+    """An engine whose computation fails."""
+
+    def __init__(self, engine: Engine, error: Exception) -> None:
+        self._engine, self._error = engine, error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def forward_backward(self, batches: Any) -> None:
+        raise self._error
 
 
-def run_without_memory(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        """As much of an engine as the trial touches before it fails."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(ENGINE, name)
-
-        def forward_backward(self, batches: Any) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
-
-    from megatron_atum.parallel.groups import start_distributed, stop_distributed
-
-    global ENGINE
+@pytest.fixture(scope="module")
+def alone(path: Path) -> Iterator[Engine]:
+    """An engine in this process."""
     start_distributed()
-    try:
-        ENGINE = engine_of(path, Degrees())
-        dry_step(Full(), 3)  # type: ignore[arg-type]
-    finally:
-        stop_distributed()
+    yield engine_of(str(path), Degrees())
+    stop_distributed()
 
 
-ENGINE: Any = None
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("NCCL error in: NCCLUtils.cpp:94\nncclUnhandledCudaError: Cuda failure 2 'out of memory'"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_the_keys_to_turn(error: Exception, alone: Engine) -> None:
+    with pytest.raises(ConfigError, match=r"does not fit on rank 0: .*training\.micro_batch_size") as told:
+        dry_step(Full(alone, error), 3)  # type: ignore[arg-type]
+    assert str(error).splitlines()[0] in str(told.value) and "more lines" not in str(told.value)
+
+
+def test_another_error_stays_what_it_is(alone: Engine) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        dry_step(Full(alone, RuntimeError("shapes cannot be multiplied")), 3)  # type: ignore[arg-type]
+
+
+def test_what_metrics_measure_begins_behind_it(alone: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the time of what the device is not through with when the trial has been issued."""
+    order: list[str] = []
+
+    def noted(name: str, act: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            order.append(name)
+            return act()
+
+        return call
+
+    monkeypatch.setattr(self_check, "memory_gib", noted("peak", lambda: 3.5))
+    monkeypatch.setattr(self_check, "wait_for_device", noted("waited", lambda: None))
+    monkeypatch.setattr(self_check, "reset_peak_memory", noted("reset", lambda: None))
+    monkeypatch.setattr(alone.forward_watch, "take", noted("taken", alone.forward_watch.take))
+    assert "takes 3.50 GiB" in dry_step(alone, 3)
+    assert order == ["peak", "waited", "taken", "reset"]
+    assert alone.forward_watch.take() == 0.0

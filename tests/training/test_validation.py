@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_atum.batch import StepData
 from megatron_atum.data.shards import PairRecord, write_shard
+from megatron_atum.parallel.groups import start_distributed, stop_distributed
+from megatron_atum.training.loss import own_report
+from megatron_atum.training.validation import validate
 from tests.faults.runs import SMALL, data_overrides, events_of, make_data, numbers_of, run
 
 LAYOUTS = {
@@ -65,6 +71,27 @@ def test_every_layout_finds_the_same(
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-6) if key != "event" else True
+
+
+class WithoutTargets:
+    """As much of a held-out source as is asked for: one step, none of whose tokens counts."""
+
+    def batches(self, agree: Any) -> list[StepData]:
+        return [StepData([])]
+
+
+def test_sources_without_a_counted_token_have_no_loss() -> None:
+    cpu, groups = torch.device("cpu"), SimpleNamespace(control=None)
+    report = own_report([], ("a",), groups, cpu)  # type: ignore[arg-type]
+    engine: Any = SimpleNamespace(groups=groups, device=cpu, evaluate=lambda *_: report)
+    sets: Any = {"a": WithoutTargets(), "b": WithoutTargets()}
+    beats: list[int] = []
+    start_distributed()
+    try:
+        found = validate(engine, sets, lambda: beats.append(1))
+    finally:
+        stop_distributed()
+    assert found == {} and len(beats) == 2
 
 
 def test_training_does_not_notice(

@@ -28,6 +28,7 @@ from megatron_atum.config.schema import FILTERS, Config
 from megatron_atum.data.index import SourceIndex, open_source
 from megatron_atum.data.loader import load_tokenizer
 from megatron_atum.data.mixture import shares
+from megatron_atum.data.order import SHORTENED
 from megatron_atum.data.ramp_up import BatchSize
 from megatron_atum.data.statistics import (
     MixtureFacts,
@@ -152,7 +153,8 @@ def mixture_lines(config: Config, mixture: Sequence[MixtureFacts]) -> Iterator[s
         yield f"taken as shares of samples, the asked ones would give these % of tokens: {by_samples}"
     for part in parts:
         for reason, count in part.too_long.items():
-            yield f"{part.name}: {reason} {count:,}: no row of this length holds them"
+            what = "their last turns do not fit a row" if reason == SHORTENED else "no row of this length holds them"
+            yield f"{part.name}: {reason} {count:,}: {what}"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:

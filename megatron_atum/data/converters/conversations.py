@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_atum.data.converters.documents import local_or_url
-from megatron_atum.data.converters.drafts import ConversationDraft, Dropped, ImageSource
+from megatron_atum.data.converters.documents import local_or_url, resolved
+from megatron_atum.data.converters.drafts import ConversationDraft, Dropped, ImageSource, scalars
 from megatron_atum.data.converters.parts import Part
 from megatron_atum.data.converters.rows import JSON, JSONL, Row, read_rows
 
@@ -58,7 +58,7 @@ class Conversations:
             yield Dropped("bad_json") if row is None else self._draft(part.key(number), row, folder)
 
     def options(self) -> dict[str, Any]:
-        return {"from": "conversations", "source": self.source}
+        return {"from": "conversations", "source": self.source, "images": resolved(self.images)}
 
     def unfinished(self, part: Part) -> str | None:
         del part
@@ -71,23 +71,28 @@ class Conversations:
             _check_turns(placed)
         except BadRecord as bad:
             return Dropped(bad.reason)
-        return ConversationDraft(key, placed, self.source, {} if row.get("id") is None else {"id": row["id"]})
+        return ConversationDraft(key, placed, self.source, scalars({"id": row.get("id")}))
 
 
 def _turns(row: Row) -> list[tuple[str, Any]]:
     """Role and content of each turn."""
-    if isinstance(row.get("data"), list) and not {"conversations", "messages"} & row.keys():
+    given = _first(row, "conversations", "messages")
+    if given is None and isinstance(row.get("data"), list):
         return [("assistant" if number % 2 else "user", text) for number, text in enumerate(row["data"])]
-    given = row.get("conversations", row.get("messages"))
     if not isinstance(given, list) or not all(isinstance(turn, dict) for turn in given):
         raise BadRecord("no_turns")
     turns = []
     for turn in given:
-        role = turn.get("from", turn.get("role"))
+        role = _first(turn, "from", "role")
         if not isinstance(role, str) or role not in ROLES:
             raise BadRecord("unknown_role")
-        turns.append((ROLES[role], turn.get("value", turn.get("content"))))
+        turns.append((ROLES[role], _first(turn, "value", "content")))
     return turns
+
+
+def _first(row: Row, *names: str) -> Any:
+    """The first value that is set. Tables written as JSON spell what a row lacks as null."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def _items(content: Any, folder: str) -> Iterator[Item]:
@@ -114,7 +119,7 @@ def _typed_item(item: Row, folder: str) -> Iterator[Item]:
         return
     if kind not in ("image", "image_url"):
         raise BadRecord("bad_content")
-    found = next((item[name] for name in ("image", "url", "path", "image_url") if item.get(name) is not None), None)
+    found = _first(item, "image", "url", "path", "image_url")
     if isinstance(found, dict):  # {"image_url": {"url": ...}}
         found = found.get("url")
     if found is None:

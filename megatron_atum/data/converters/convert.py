@@ -74,7 +74,7 @@ def convert(conversion: Conversion, inputs: Sequence[str], workers: int = 1, qui
         DataError: no input, a folder of another conversion, parts that cannot be read (after all others are done).
     """
     make_fetcher(conversion.fetch)  # now, and not when the first worker gets to it
-    parts = find_parts(inputs, conversion.source.suffixes)
+    parts = find_parts(inputs, conversion.source.suffixes, conversion.out)
     with _locked(conversion.out):
         _check_summary(conversion)
         skipped = {part.name: why for part in parts if (why := conversion.source.unfinished(part))}
@@ -137,6 +137,7 @@ class PartConverter:
         try:
             shards = list(_write_shards(self._conversion, part, records))
             reach.check(part.path, self._conversion.max_unreachable)
+            _check_readable(part, counts)
         except DataError:
             _remove_leftovers(self._conversion, part)  # half a part would look like data
             raise
@@ -150,6 +151,15 @@ class PartConverter:
             **counts.to_json(),
         }
         _write_json(self._conversion.counts_path(part), record)
+
+
+def _check_readable(part: Part, counts: Counts) -> None:
+    """Raises DataError when nothing is kept and nothing could be read: the file has another form than it should."""
+    if not counts.kept and counts.dropped and set(counts.dropped) == {"bad_json"}:
+        raise DataError(
+            f"{part.path}: none of its {counts.dropped.total()} rows can be read as JSON (bad_json); a text file holds "
+            "one JSON object a line, or is one JSON list of objects where docs/convert.md says so; correct or remove it"
+        )
 
 
 def _records(

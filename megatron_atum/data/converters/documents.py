@@ -6,15 +6,20 @@ Either `{"texts": [...], "images": [...]}`, of equal length and at each place ex
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from megatron_atum.data.converters.drafts import DocumentDraft, Dropped, ImageSource, LocalFile, Lost, Url
 from megatron_atum.data.converters.obelics import places_fault
 from megatron_atum.data.converters.parts import Part
 from megatron_atum.data.converters.rows import JSONL, Row, read_rows
+
+_URL = re.compile(r"(data):|([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Documents:
             yield Dropped("bad_json") if row is None else self._draft(part.key(number), row, folder)
 
     def options(self) -> dict[str, Any]:
-        return {"from": "documents", "source": self.source, "require-image": self.require_image}
+        kept = {"from": "documents", "source": self.source, "require-image": self.require_image}
+        return kept | {"images": resolved(self.images)}
 
     def unfinished(self, part: Part) -> str | None:
         del part
@@ -63,10 +69,28 @@ def _from_parts(parts: object) -> tuple[Any, Any] | None:
 
 
 def local_or_url(folder: str, path: str) -> ImageSource:
-    """An image by its path below a folder, or by its URL."""
-    if path.startswith(("http://", "https://")):
-        return Url(path)
-    return LocalFile(folder, path) if path else Lost("no_such_file")
+    """An image by its path below a folder, by its URL, or as it stands in a `data:` URL (RFC 2397)."""
+    url = _URL.match(path)
+    if url is None:
+        return LocalFile(folder, path) if path else Lost("no_such_file")
+    if url[1]:
+        return _embedded(path)
+    return Url(path) if url[2].lower() in ("http", "https") else Lost("unsupported_url")
+
+
+def resolved(folder: str | None) -> str | None:
+    """A folder of images as it is compared when a conversion goes on."""
+    return None if folder is None else os.path.realpath(folder)
+
+
+def _embedded(url: str) -> ImageSource:
+    head, _, content = url.partition(",")
+    if not head.lower().endswith(";base64"):
+        return Lost("unsupported_url")
+    try:
+        return base64.b64decode("".join(unquote(content).split()), validate=True)
+    except ValueError:
+        return Lost("bad_url")
 
 
 def _meta(row: Row) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -159,7 +160,12 @@ def found_bytes(source: ImageSource, fetcher: Fetcher | None, max_bytes: int) ->
 
 def scalars(meta: dict[str, Any]) -> dict[str, Any]:
     """The part of a row's metadata that is worth its place in a shard: plain values that are set."""
-    return {str(name): value for name, value in meta.items() if isinstance(value, str | int | float | bool)}
+    return {str(name): value for name, value in meta.items() if _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    """Python reads and writes NaN and Infinity, but they are no JSON."""
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, str | int)
 
 
 def _writable(*values: Any) -> bool:

@@ -40,22 +40,29 @@ class Part:
         return {"bytes": self.size, "ends_sha256": hashlib.sha256(first + last).hexdigest()}
 
 
-def find_parts(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[Part]:
+def find_parts(inputs: Iterable[str], suffixes: tuple[str, ...], out: str | None = None) -> list[Part]:
     """Files of folders (searched through all levels), globs and single files, in the order of their names.
 
+    Args:
+        out: folder of the conversion. Nothing below it is an input: it holds JSON files and tars of its own.
+
     Raises:
-        DataError: an input that does not exist or holds no such file; two files that would get the same name.
+        DataError: an input that does not exist or holds no such file; two files that would get the same name; no input
+            outside `out`.
     """
     parts: dict[str, Part] = {}
-    for given in inputs:
-        for root, path in _files(given, suffixes):
-            part = Part(_name(os.path.relpath(path, root), suffixes), path, os.path.getsize(path))
-            other = parts.setdefault(part.name, part)
-            if os.path.realpath(other.path) != os.path.realpath(path):
-                raise DataError(
-                    f"{other.path} and {path} would both be called {part.name}; give the folder above both, "
-                    "or convert them to different folders"
-                )
+    files = [file for given in inputs for file in _files(given, suffixes)]
+    outside = [(root, path) for root, path in files if out is None or not _below(out, path)]
+    if files and not outside:
+        raise DataError(f"input {files[0][1]} lies in --out {out}, from which nothing is read; choose another --out")
+    for root, path in outside:
+        part = Part(_name(os.path.relpath(path, root), suffixes), path, os.path.getsize(path))
+        other = parts.setdefault(part.name, part)
+        if os.path.realpath(other.path) != os.path.realpath(path):
+            raise DataError(
+                f"{other.path} and {path} would both be called {part.name}; give the folder above both, "
+                "or convert them to different folders"
+            )
     return [parts[name] for name in sorted(parts)]
 
 
@@ -76,6 +83,11 @@ def _files(given: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     if not paths:
         raise DataError(f"input {given} holds no file of the kind {', '.join(suffixes)}")
     yield from ((root, path) for path in paths)
+
+
+def _below(folder: str, path: str) -> bool:
+    root = os.path.realpath(folder)
+    return os.path.commonpath([root, os.path.realpath(path)]) == root
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -6,12 +6,14 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from megatron_atum.errors import ConfigError, DataError
 
 PARQUET, ARROW, JSONL = (".parquet",), (".arrow",), (".jsonl", ".jsonl.gz", ".json.gz", ".ndjson", ".ndjson.gz")
 JSON = (".json",)  # one list of objects; or, as many call it, JSONL
+_LISTS = (".json", ".json.gz")
+_BOM = b"\xef\xbb\xbf"
 ROW_SUFFIXES = PARQUET + ARROW + JSONL
 BATCH_ROWS = 128  # with the images in the rows, some ten megabytes
 
@@ -47,7 +49,7 @@ def is_rows(name: str) -> bool:
 
 def _reader(path: str) -> Any:
     name = path.lower()
-    readers = ((PARQUET, _parquet_rows), (ARROW, _arrow_rows), (JSONL, _jsonl_rows), (JSON, _json_rows))
+    readers = ((PARQUET, _parquet_rows), (ARROW, _arrow_rows), (_LISTS, _json_rows), (JSONL, _jsonl_rows))
     for suffixes, reader in readers:
         if name.endswith(suffixes):
             return reader
@@ -80,22 +82,42 @@ def _arrow_rows(path: str, columns: Sequence[str], optional: Sequence[str]) -> I
 
 def _jsonl_rows(path: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row | None]:
     del columns, optional  # a line may lack any key, and who reads it counts that
-    opened = gzip.open if path.lower().endswith(".gz") else open
-    with opened(path, "rb") as stream:
+    with _opened(path) as stream:
         yield from _json_objects(stream)
 
 
 def _json_rows(path: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row | None]:
-    with open(path, "rb") as stream:
-        start = stream.read(1)
-        while start.isspace():
-            start = stream.read(1)
+    del columns, optional
+    with _opened(path) as stream:
+        is_list = _first_sign(stream) == b"["
         stream.seek(0)
-        if start != b"[":
-            yield from _jsonl_rows(path, columns, optional)
+        if not is_list:
+            yield from _json_objects(stream)
             return
-        for value in json.load(stream):
+        for value in _json_list(stream):
             yield value if isinstance(value, dict) else None
+
+
+def _opened(path: str) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.lower().endswith(".gz") else open(path, "rb")
+
+
+def _first_sign(stream: IO[bytes]) -> bytes:
+    """The first byte that is neither white space nor part of a byte order mark; b"" at the end."""
+    if stream.read(len(_BOM)) != _BOM:
+        stream.seek(0)
+    sign = stream.read(1)
+    while sign.isspace():
+        sign = stream.read(1)
+    return sign
+
+
+def _json_list(stream: IO[bytes]) -> list[Any]:
+    try:
+        values: list[Any] = json.load(stream)
+        return values
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _json_objects(lines: Iterable[bytes]) -> Iterator[Row | None]:

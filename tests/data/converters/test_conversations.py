@@ -90,6 +90,17 @@ def file(path: str) -> LocalFile:
             [("user", [file("a.jpg"), file("b.jpg")])],
         ),
         (chat("What?", [{"type": "text", "text": "A cat."}]), [("user", ["What?"]), ("assistant", ["A cat."])]),
+        (  # what is null is not there
+            {
+                "conversations": None,
+                "messages": [
+                    {"from": None, "role": role, "value": None, "content": "a"} for role in ("user", "assistant")
+                ],
+            }
+            | {"data": None, "image": None},
+            [("user", ["a"])],
+        ),
+        ({"conversations": None, "messages": None, "data": ["a", "b"]}, [("user", ["a"]), ("assistant", ["b"])]),
         ({"data": ["a", "b", "c", "d"]}, [("user", ["a"]), ("assistant", ["b"]), ("user", ["c"])]),
     ],
 )
@@ -150,6 +161,44 @@ def test_files_of_every_form(tmp_path: Path) -> None:
             list(Conversations().read(part_of(tmp_path / "a.json")))
     (tmp_path / "a.json").write_bytes(b"")
     assert list(Conversations().read(part_of(tmp_path / "a.json"))) == []
+
+
+def test_lists_in_every_guise(tmp_path: Path) -> None:
+    """With a byte order mark, compressed, and in front of neither."""
+    bom = b"\xef\xbb\xbf"
+    rows = [llava("a", "b", id="x"), llava("c", "d")]
+    as_list, lines = json.dumps(rows).encode(), "".join(json.dumps(row) + "\n" for row in rows).encode()
+    contents = [b"\n " + as_list, bom + as_list, bom + b"\n" + as_list, lines, bom + lines]
+    for content in contents:
+        (tmp_path / "a.json").write_bytes(content)
+        (tmp_path / "a.json.gz").write_bytes(gzip.compress(content))
+        for name in ("a.json", "a.json.gz"):
+            drafts = list(Conversations().read(part_of(tmp_path / name)))
+            assert [draft.meta for draft in drafts if isinstance(draft, ConversationDraft)] == [{"id": "x"}, {}], name
+
+
+def test_deep_lists_are_an_error_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"[" * 200_000)
+    with pytest.raises(DataError, match=r"a\.json cannot be read \(nested too deeply\)"):
+        list(Conversations().read(part_of(tmp_path / "a.json")))
+
+
+@pytest.mark.parametrize(
+    ("spelt", "kept"),
+    [
+        ("7", {"id": 7}),
+        ("1.5", {"id": 1.5}),
+        ("NaN", {}),
+        ("-Infinity", {}),
+        ("[1]", {}),
+        ("null", {}),
+        ('"x"', {"id": "x"}),
+    ],
+)
+def test_only_plain_ids_are_kept(tmp_path: Path, spelt: str, kept: dict[str, Any]) -> None:
+    line = json.dumps(llava("a", "b"))[:-1] + f', "id": {spelt}}}'
+    (found,) = Conversations().read(part_of(write_jsonl(tmp_path / "a.jsonl", [line])))
+    assert isinstance(found, ConversationDraft) and found.meta == kept
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_atum.data.converters.documents import Documents
+from megatron_atum.data.converters.documents import Documents, local_or_url
 from megatron_atum.data.converters.drafts import DocumentDraft, Dropped, LocalFile, Lost, PairDraft, Url
 from megatron_atum.data.converters.img2dataset import Img2dataset, _unique
 from megatron_atum.data.converters.obelics import Obelics
@@ -240,6 +241,24 @@ def test_what_is_no_tar_is_an_error(tmp_path: Path, content: bytes) -> None:
         list(Img2dataset().read(part_of(path)))
 
 
+def test_what_a_path_may_be() -> None:
+    embedded = "data:image/jpeg;base64," + base64.b64encode(jpeg()).decode()
+    for path, found in (
+        ("a/b.jpg", LocalFile("pics", "a/b.jpg")),
+        ("mydata:1.jpg", LocalFile("pics", "mydata:1.jpg")),
+        ("", Lost("no_such_file")),
+        (URL, Url(URL)),
+        ("HTTP://a.example/cat.jpg", Url("HTTP://a.example/cat.jpg")),
+        (embedded, jpeg()),
+        (embedded.replace("data:image", "DATA:image").replace("+", "%2B"), jpeg()),
+        ("data:image/png;base64,@@", Lost("bad_url")),
+        ("data:image/svg+xml,<svg/>", Lost("unsupported_url")),
+        ("file:///etc/cat.jpg", Lost("unsupported_url")),
+        ("s3://bucket/cat.jpg", Lost("unsupported_url")),
+    ):
+        assert local_or_url("pics", path) == found, path
+
+
 # Parts ------------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +292,20 @@ def test_parts_are_named_after_the_folder_or_glob_given(tmp_path: Path) -> None:
         assert [part.name for part in find_parts([str(tmp_path / given)], (".parquet",))] == names
     (part,) = find_parts([str(tmp_path / "in/b/train-1.v2.parquet")] * 2, (".parquet",))
     assert part.key(12) == "train-1-v2-0000012"
+
+
+def test_nothing_below_the_output_is_an_input(tmp_path: Path) -> None:
+    for name in ("in/a.json", "in/out/b.json", "in/out/deep/c.json", "in/outer/d.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "in" / "out")
+    named = [str(path) for path in (tmp_path / "in").rglob("*.json")]  # as the shell spells a glob out
+    for out in ("in/out", "in/x/../out/", "link"):
+        for given in ([str(tmp_path / "in")], [str(tmp_path / "in/**/*.json")], named):
+            found = find_parts(given, (".json",), str(tmp_path / out))
+            assert sorted(os.path.basename(part.path) for part in found) == ["a.json", "d.json"]
+    with pytest.raises(DataError, match=r"in/out/b\.json lies in --out .*; choose another --out"):
+        find_parts([str(tmp_path / "in/out")], (".json",), str(tmp_path / "in"))
 
 
 def test_bad_inputs_are_named(tmp_path: Path) -> None:
