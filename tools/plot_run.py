@@ -18,7 +18,9 @@ from pathlib import Path
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, a folder of them, or a metrics.jsonl")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, a folder of them, or a metrics.jsonl"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the page and the figures go")
     return parser.parse_args()
 

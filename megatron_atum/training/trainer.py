@@ -192,7 +192,8 @@ class Trainer:
 
     def _keep_bad_step(self, taken: TakenStep) -> None:
         found = diagnose(self.engine.stages, self.config.model, taken.data.microbatches, taken.verdict, taken.result)
-        self.log.event("bad_step", self.step, reason=found["reason"], first_bad_part=found["first_bad_part"])
+        parts = {name: found[name] for name in ("first_bad_part", "last_bad_part")}
+        self.log.event("bad_step", self.step, reason=found["reason"], **parts)
         self.log.say(f"step {self.step} was not applied: {summary_of(found)}")
         if self.groups.rank == 0:
             try:
@@ -301,14 +302,16 @@ class Trainer:
     def _begin(self) -> None:
         together(self._begin_files)
         self.feed = StepFeed(self.start.loader, self.groups, self.config.training.steps - self.step)
-        self.report = StepReport(self.engine, socket.gethostname())
         self.log.say(describe(self.engine, self.start.loader.shares, self._weights_from()))
         self._say_faults()
         if self.start.validation and not self.config.training.validate_every:
             self.log.say("data.validation is never evaluated: training.validate_every=0")
+        if self.config.health.checksum_every and not self.frozen.exist:
+            self.log.say("health.checksum_every has nothing to check: no weight is frozen")
         if wants_dry_step(self.config):
             most = max(index.max_images for index in self.start.loader.indexes)
             self.log.say(f"dry step: {dry_step(self.engine, most)}")
+        self.report = StepReport(self.engine, socket.gethostname())  # counts energy from here on
 
     def _begin_files(self) -> None:
         """Raises ConfigError where the run folder cannot be written."""

@@ -254,7 +254,8 @@ def test_too_many_rollbacks_end_the_run(poisoned: list[str], tmp_path: Path) -> 
     outcome = run(tmp_path, [*poisoned, *changes], 1)
     assert outcome.codes == [1], outcome.logs
     assert len(events_of(tmp_path, "rollback")) == 1
-    assert "after health.max_rollbacks=1" in outcome.logs[0]
+    assert "the run went back 1 times already (health.max_rollbacks=1)" in outcome.logs[0]
+    assert "raise it, or health.rollback_skip" in outcome.logs[0]
 
 
 # Frozen weights that change ------------------------------------------------------------------------------------------

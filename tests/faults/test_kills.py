@@ -256,5 +256,5 @@ def check_synced(order: list[str], path: str, saves: int) -> None:
 def test_a_run_without_kills_draws_and_saves(runs: Runs) -> None:
     """The reference is what it should be: numbers that differ from step to step, and a checkpoint reported for each."""
     lines = numbers_of(runs.reference("pp2"))
-    assert len({line["loss"] for line in lines}) == len({str(line["drawn/1"]) for line in lines}) == STEPS
+    assert len({line["loss"] for line in lines}) == len({str(line["drawn/1/0"]) for line in lines}) == STEPS
     assert [event["step"] for event in events_of(runs.reference("pp2"), "save")] == [2, 4, 6]
