@@ -12,13 +12,15 @@ COPY examples examples
 COPY pretrain_atum.py ./
 
 # The container's torch must stay: it is built against the container's CUDA and NCCL. So this package and
-# megatron-core go in without their dependencies, and the rest of setup.py's list with torch held fast.
+# megatron-core go in without their dependencies, and the rest of setup.py's list, with the extras data and logging, with
+# torch held fast.
 # constraints.txt is for CPU machines and is not used here.
 RUN set -e; \
     python -c 'import torch; print("torch==" + torch.__version__)' > /tmp/torch.before; \
     pip install --no-cache-dir --no-deps --no-build-isolation .; \
     python -c 'import re; from importlib.metadata import requires; \
-        print(*(r for r in requires("megatron_atum") if "extra ==" not in r and not re.match(r"(torch|megatron-core)\b", r)), sep="\n")' \
+        print(*(r.split(";")[0] for r in requires("megatron_atum") if not re.match(r"(torch|megatron-core)\b", r) \
+            and ("extra ==" not in r or re.search("(data|logging).$", r))), sep="\n")' \
         > /tmp/requirements.txt; \
     python -c 'from importlib.metadata import requires; \
         print(*(r for r in requires("megatron_atum") if r.startswith("megatron-core")), sep="\n")' > /tmp/megatron.txt; \

@@ -162,10 +162,10 @@ def before_save_and_after_failure(step: int, spoil: Any, mend: Any) -> None:
 
     save, tell = RunCheckpoint.save, Trainer._tell
 
-    def spoiled(self: Any, at: int, data: Any) -> Any:
+    def spoiled(self: Any, at: int, *state: Any) -> Any:
         if at == step:
             spoil()
-        return save(self, at, data)
+        return save(self, at, *state)
 
     def mended(self: Any, saves: Any) -> None:
         tell(self, saves)
@@ -249,16 +249,16 @@ def test_a_full_disk(left: int, expected: list[dict[str, Any]], data: Path, tmp_
 def fill_disk_for_long(root: Path, rank: int) -> None:
     """No byte is left, the page of the metrics is full to its end, and the save is held up for two more steps."""
     from megatron_atum.checkpoint import run_checkpoint
-    from megatron_atum.training.trainer import Trainer
+    from megatron_atum.training.run_log import RunLog
 
-    logged, log, write_items, metrics = threading.Event(), Trainer._log, run_checkpoint.write_items, metrics_of(root)
+    logged, log, write_items, metrics = threading.Event(), RunLog.step, run_checkpoint.write_items, metrics_of(root)
 
-    def logging(self: Any, *args: Any) -> None:
-        log(self, *args)
-        if self.step == BAD_STEP:
+    def logging(self: Any, values: Any) -> None:
+        log(self, values)
+        if values["step"] == BAD_STEP:
             line = json.dumps({"event": "padding", "step": BAD_STEP})
             metrics.open("a").write(line + " " * (-(metrics.stat().st_size + len(line) + 1) % 4096) + "\n")
-        if self.step == BAD_STEP + 1:
+        if values["step"] == BAD_STEP + 1:
             logged.set()
 
     def held_up(folder: Path, *args: Any) -> Any:
@@ -266,7 +266,7 @@ def fill_disk_for_long(root: Path, rank: int) -> None:
         return write_items(folder, *args)
 
     fill_disk(root, 0, rank)
-    Trainer._log = logging if rank == 0 else log  # type: ignore
+    RunLog.step = logging if rank == 0 else log  # type: ignore
     run_checkpoint.write_items = held_up if rank == 0 else write_items  # type: ignore
 
 
