@@ -42,6 +42,7 @@ from torch import Tensor
 
 from megatron_atum.batch import Batch, image_slice
 from megatron_atum.checkpoint.hf_config import from_hf
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.checkpoint.weights import fill, initialise
 from megatron_atum.config.schema import (
     Config,
@@ -174,7 +175,7 @@ class Ours:
         config = config_of(shape, tensor=1)
         groups = build_groups(ParallelLayout.from_config(config, 1))
         self.engine = Engine(config, groups)
-        fill(self.engine.stages, config.model, groups, InMemory(state))
+        fill(self.engine.stages, config.model, groups, Given(state))
         self.engine.build_optimizer()
 
     def stepper(self, batch: Batch) -> Callable[[], float]:
@@ -214,25 +215,6 @@ class HuggingFace:
             return float(loss.detach())
 
         return step
-
-
-class InMemory:
-    """A TensorSource."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> set[str]:
-        return set(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.tensors[name] if rows is None else self.tensors[name][rows]
 
 
 def config_of(shape: Shape, tensor: int) -> Config:

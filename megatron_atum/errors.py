@@ -1,4 +1,8 @@
-"""What a user can get wrong. Everything else is a bug and may end in a traceback."""
+"""What a user can get wrong. Everything else is a bug and may end in a traceback. And how messages are worded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class AtumError(Exception):
@@ -28,3 +32,14 @@ class HealthFailure(RuntimeError):
 
 class RankFailure(RuntimeError):
     """This rank failed, or a collective did because another rank died or hangs. Says which, as far as it is known."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, or what it is if it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def listed(texts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first ones, and how many more there are."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_atum.checkpoint.command import run_command
 from megatron_atum.config.loader import load_config
-from megatron_atum.errors import CheckpointError, ConfigError
+from megatron_atum.errors import CheckpointError, ConfigError, listed
 
 
 def main() -> None:
@@ -79,8 +79,7 @@ def _show(found: dict[str, Any], weights: Path) -> None:
         print(f"{len(bad)} gradients are not finite, from {bad[-1]} (look there first) back to {bad[0]}")
     print(f"{'pack':>12}  {'source':<16}  {'loss':>10}  samples")
     for row in found["rows"]:
-        keys = ", ".join(row["keys"][:4]) + (f" and {len(row['keys']) - 4} more" if len(row["keys"]) > 4 else "")
-        print(f"{row['pack']:>12}  {row['source']:<16}  {row['loss']:>10}  {keys}")
+        print(f"{row['pack']:>12}  {row['source']:<16}  {row['loss']:>10}  {listed(row['keys'], 4)}")
 
 
 if __name__ == "__main__":

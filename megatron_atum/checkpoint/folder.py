@@ -23,7 +23,7 @@ from typing import Any
 from megatron_atum.checkpoint.files import write_json
 from megatron_atum.checkpoint.index import FORMAT
 from megatron_atum.checkpoint.tensor_file import FileRecord, checksum_of
-from megatron_atum.errors import CheckpointError
+from megatron_atum.errors import CheckpointError, listed
 
 COMPLETE, STATE, ASSETS = "complete.json", "state.json", "assets"
 _STEP, _FROZEN = re.compile(r"step-\d{8}"), re.compile(r"frozen-[0-9a-f]{16}")
@@ -168,8 +168,7 @@ def newest_complete(checkpoints: Path, report: Report = silent, without: Collect
         problems = missing(folder)
         if not problems:
             return folder
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        report(f"passing over {folder}: {'; '.join(problems[:3])}{more}")
+        report(f"passing over {folder}: {listed(problems, 3, '; ')}")
     return None
 
 

@@ -24,3 +24,22 @@ class TensorSource(Protocol):
             CheckpointError: it cannot be read, or holds NaN or infinite values.
         """
         ...
+
+
+class Given:
+    """A TensorSource of tensors in memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> set[str]:
+        return set(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        return self.tensors[name] if rows is None else self.tensors[name][rows]

@@ -23,7 +23,7 @@ from megatron_atum.config.presets import preset_values
 from megatron_atum.config.schema import Config, ModelConfig, SourceConfig
 from megatron_atum.config.suggest import unknown
 from megatron_atum.config.validate import validate
-from megatron_atum.errors import ConfigError
+from megatron_atum.errors import ConfigError, first_line
 
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
@@ -52,7 +52,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     except MissingMandatoryValue as missing:
         raise ConfigError(f"{missing.full_key} is not set") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"configuration: {_first_line(error)}") from None
+        raise ConfigError(f"configuration: {first_line(error)}") from None
     assert isinstance(config, Config)
     validate(config)
     return config
@@ -89,7 +89,7 @@ def _parse_override(override: str) -> Any:
     try:
         return OmegaConf.from_dotlist([override])
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"cannot read {override!r}: {_first_line(error)}") from None
+        raise ConfigError(f"cannot read {override!r}: {first_line(error)}") from None
 
 
 def _merge(where: str, base: Any, layer: Any) -> Any:
@@ -103,13 +103,9 @@ def _merge(where: str, base: Any, layer: Any) -> Any:
         known = [*section_names(), *key_names(), *(field.name for field in fields(SourceConfig))]
         raise ConfigError(f"{where}: {unknown('key', str(error.full_key), known)}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {error.full_key or 'value'}: {_first_line(error)}") from None
+        raise ConfigError(f"{where}: {error.full_key or 'value'}: {first_line(error)}") from None
     except TypeError:  # an element of a list, by its number
         raise ConfigError(f"{where}: lists are set as a whole, e.g. 'data.sources=[{{name: a, shards: b}}]'") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def key_names() -> list[str]:

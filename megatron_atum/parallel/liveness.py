@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_atum.errors import first_line, listed
+
 DATA_THREAD = "data"  # its name begins with it
 POLL_S = 2.0  # between notes that the process lives
 DEAD_S = 30.0  # without one
@@ -91,14 +93,14 @@ class Liveness:
     def failed(self, error: BaseException) -> None:
         """This rank ends with an error that says all by itself."""
         self._over.set()
-        self._quietly(f"atum/failed/{self.rank}", _first_line(error))
+        self._quietly(f"atum/failed/{self.rank}", first_line(error))
         self._quietly("atum/alarm", str(self.rank))
 
     def last_words(self, error: BaseException) -> str:
         """What to say of an error that others may have caused. No collective."""
         self._over.set()
         self._quietly("atum/alarm", str(self.rank))
-        first = _first_line(error)
+        first = first_line(error)
         return self._report("failed", f"failed after step {self.step}: {first}", _OTHERS if of_others(error) else first)
 
     # What the watching thread does ------------------------------------------------------------------------------------
@@ -189,8 +191,7 @@ class Liveness:
         if not causes:
             return mine
         others = [f"rank {rank} ({places.get(rank, 'no step')}) {said}" for rank, said in causes]
-        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-        return f"{mine}. Look first at {'; '.join(others[:8])}{more}"
+        return f"{mine}. Look first at {listed(others, 8, '; ')}"
 
     def _causes(self, kind: str, why: str) -> list[tuple[int, str]]:
         """Other ranks that are silent, or whose trouble is their own, with what is known of them."""
@@ -245,10 +246,6 @@ def waits(frames: list[FrameType]) -> bool:
 
 def _place(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _print(text: str) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_atum.errors import HealthFailure
+from megatron_atum.errors import HealthFailure, listed
 from megatron_atum.parallel.agreement import all_true
 from megatron_atum.parallel.groups import ProcessGroups
 
@@ -99,7 +99,7 @@ def complaints(names: list[str], ranks: list[Sums]) -> list[str]:
     for place, name in enumerate(names):
         for complaint in _complaints_at(place, ranks):
             found.setdefault(complaint, []).append(name)
-    return [f"{complaint}: {_shortened(weights)}" for complaint, weights in found.items()]
+    return [f"{complaint}: {listed(weights, _SHOWN)}" for complaint, weights in found.items()]
 
 
 def _complaints_at(place: int, ranks: list[Sums]) -> Iterator[str]:
@@ -115,8 +115,3 @@ def _complaints_at(place: int, ranks: list[Sums]) -> Iterator[str]:
                 yield f"{rank.who} differs from most of its {len(ranks)} data-parallel ranks"
     else:
         yield f"{', '.join(rank.who for rank in ranks)} differ, and no majority says which is at fault"
-
-
-def _shortened(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

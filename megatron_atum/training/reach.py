@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import nn
 
-from megatron_atum.errors import ConfigError
+from megatron_atum.errors import ConfigError, listed
 
 
 class ReachCheck:
@@ -43,8 +43,7 @@ class ReachCheck:
         dist.all_gather_object(missing, sorted(self._missing))
         names = sorted({name for part in missing for name in part})
         if names:
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise ConfigError(
-                f"backward never reached {len(names)} trainable tensor(s): {shown}; "
+                f"backward never reached {len(names)} trainable tensor(s): {listed(names, 8)}; "
                 "they would not train. Freeze them (model.freeze) or connect them to the loss"
             )

@@ -19,7 +19,7 @@ from megatron_atum import __version__
 from megatron_atum.batch import NO_IMAGE, Batch, image_slice, shift_labels
 from megatron_atum.checkpoint.optimizer_state import optimizer_shards
 from megatron_atum.config.schema import Config
-from megatron_atum.errors import ConfigError
+from megatron_atum.errors import ConfigError, first_line
 from megatron_atum.parallel.device import (
     device_name,
     has_accelerator,
@@ -194,7 +194,7 @@ def dry_step(engine: Engine, most_images: int) -> str:
         if not is_out_of_memory(error):
             raise
         raise ConfigError(
-            f"{what} does not fit on rank {engine.groups.rank}: {str(error).splitlines()[0]}; lower "
+            f"{what} does not fit on rank {engine.groups.rank}: {first_line(error)}; lower "
             "training.micro_batch_size or data.sources[*].max_images, raise parallel.tensor or parallel.pipeline, or "
             "use training.recompute"
         ) from None

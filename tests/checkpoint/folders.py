@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_atum.checkpoint.hf_config import from_hf
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder
+from megatron_atum.checkpoint.source import Given as Given
 from megatron_atum.checkpoint.source import TensorSource
 from megatron_atum.checkpoint.table import hf_shapes
 from megatron_atum.config.schema import ModelConfig
@@ -33,25 +34,6 @@ def weights(model: ModelConfig = MODEL, *dtypes: torch.dtype) -> dict[str, Tenso
         name: torch.randn(shape, generator=generator).to(kinds[number % len(kinds)])
         for number, (name, shape) in enumerate(hf_shapes(model).items())
     }
-
-
-class Given:
-    """A TensorSource of tensors in memory."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> set[str]:
-        return set(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.tensors[name] if rows is None else self.tensors[name][rows]
 
 
 def all_of(source: TensorSource) -> dict[str, Tensor]:

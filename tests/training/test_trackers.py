@@ -46,8 +46,10 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def wandb_records(folder: Path) -> list[list[Any]]:
     """The records of each offline run, in the order in which they were started."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # waits for W&B's process, which writes the end of a file after finish() has returned
     paths = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     return [[Record.FromString(data) for data in leveldb_records(path.read_bytes())] for path in paths]
 

@@ -17,26 +17,27 @@ is printed at the end and in OUT/conversion.json. docs/convert.md has the detail
 """
 
 import argparse
-import os
 
 from megatron_atum.checkpoint.command import run_command
-from megatron_atum.data.converters.arguments import add_fetch_options, fetch_spec, make_parser, run
+from megatron_atum.data.converters.arguments import (
+    add_local_options,
+    check_local_options,
+    fetch_spec,
+    make_parser,
+    run,
+)
 from megatron_atum.data.converters.conversations import Conversations
-from megatron_atum.errors import DataError
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, "JSONL, also compressed (.gz), or JSON lists")
-    parser.add_argument("--images", metavar="FOLDER", help="what paths are relative to (the folder of each file)")
-    parser.add_argument("--source", default="conversations", help="name written into each sample (%(default)s)")
-    add_fetch_options(parser)
+    add_local_options(parser, "conversations")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_arguments()
-    if options.images and not os.path.isdir(options.images):
-        raise DataError(f"--images {options.images} is no folder")
+    check_local_options(options)
     run(options, Conversations(options.source, options.images), fetch_spec(options))
 
 

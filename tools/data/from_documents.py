@@ -13,28 +13,29 @@ is printed at the end and in OUT/conversion.json. docs/convert.md has the detail
 """
 
 import argparse
-import os
 
 from megatron_atum.checkpoint.command import run_command
-from megatron_atum.data.converters.arguments import add_fetch_options, fetch_spec, make_parser, run
+from megatron_atum.data.converters.arguments import (
+    add_local_options,
+    check_local_options,
+    fetch_spec,
+    make_parser,
+    run,
+)
 from megatron_atum.data.converters.documents import Documents
-from megatron_atum.errors import DataError
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, "JSONL, also compressed (.gz)")
     flag = argparse.BooleanOptionalAction
-    parser.add_argument("--images", metavar="FOLDER", help="what paths are relative to (the folder of each file)")
-    parser.add_argument("--source", default="documents", help="name written into each document (%(default)s)")
+    add_local_options(parser, "documents")
     parser.add_argument("--require-image", action=flag, default=True, help="drop documents without any image")
-    add_fetch_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_arguments()
-    if options.images and not os.path.isdir(options.images):
-        raise DataError(f"--images {options.images} is no folder")
+    check_local_options(options)
     run(options, Documents(options.source, options.images, options.require_image), fetch_spec(options))
 
 

@@ -14,7 +14,7 @@ from megatron_atum.data.converters.drafts import Source
 from megatron_atum.data.converters.fetch import FetchSpec
 from megatron_atum.data.converters.http_fetcher import HttpOptions
 from megatron_atum.data.converters.reencode import ImageLimits
-from megatron_atum.errors import ConfigError
+from megatron_atum.errors import ConfigError, DataError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -38,6 +38,19 @@ def make_parser(description: str | None, what: str, keep_fitting: bool = False) 
     add("--quiet", action="store_true", help="no progress bar")
     _add_image_options(parser, keep_fitting)
     return parser
+
+
+def add_local_options(parser: argparse.ArgumentParser, source: str) -> None:
+    """Options of sources with images by path (local.py), and by URL. Args: source: default of that option."""
+    parser.add_argument("--images", metavar="FOLDER", help="what paths are relative to (the folder of each file)")
+    parser.add_argument("--source", default=source, help="name written into each sample (%(default)s)")
+    add_fetch_options(parser)
+
+
+def check_local_options(options: argparse.Namespace) -> None:
+    """Raises DataError: there is no such folder of images."""
+    if options.images and not os.path.isdir(options.images):
+        raise DataError(f"--images {options.images} is no folder")
 
 
 def add_fetch_options(parser: argparse.ArgumentParser) -> None:

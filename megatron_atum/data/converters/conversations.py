@@ -7,15 +7,13 @@ a content list has them; paths come from `image` or `images` of the record, or f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_atum.data.converters.documents import local_or_url, resolved
 from megatron_atum.data.converters.drafts import ConversationDraft, Dropped, ImageSource, scalars
-from megatron_atum.data.converters.parts import Part
-from megatron_atum.data.converters.rows import JSON, JSONL, Row, read_rows
+from megatron_atum.data.converters.local import LocalRows, local_or_url
+from megatron_atum.data.converters.rows import JSON, JSONL, Row
 
 ROLES = {
     "human": "user",
@@ -45,24 +43,12 @@ Turns = list[tuple[str, list[Item]]]
 
 
 @dataclass(frozen=True)
-class Conversations:
-    """`images` is the folder that paths are relative to; None stands for the folder of the file itself."""
-
+class Conversations(LocalRows):
     source: str = "conversations"
-    images: str | None = None
     suffixes: tuple[str, ...] = JSONL + JSON
 
-    def read(self, part: Part) -> Iterator[ConversationDraft | Dropped]:
-        folder = self.images or os.path.dirname(part.path) or "."
-        for number, row in read_rows(part.path, ()):
-            yield Dropped("bad_json") if row is None else self._draft(part.key(number), row, folder)
-
     def options(self) -> dict[str, Any]:
-        return {"from": "conversations", "source": self.source, "images": resolved(self.images)}
-
-    def unfinished(self, part: Part) -> str | None:
-        del part
-        return None
+        return {"from": "conversations", **super().options()}
 
     def _draft(self, key: str, row: Row, folder: str) -> ConversationDraft | Dropped:
         try:

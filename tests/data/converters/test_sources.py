@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_atum.data.converters.documents import Documents, local_or_url
+from megatron_atum.data.converters.documents import Documents
 from megatron_atum.data.converters.drafts import DocumentDraft, Dropped, LocalFile, Lost, PairDraft, Url
 from megatron_atum.data.converters.img2dataset import Img2dataset, _unique
+from megatron_atum.data.converters.local import local_or_url
 from megatron_atum.data.converters.obelics import Obelics
 from megatron_atum.data.converters.parts import END, Part, find_parts
 from megatron_atum.data.converters.pmd import Pmd
