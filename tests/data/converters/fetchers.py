@@ -67,6 +67,8 @@ class Waiting(Made):
         self.sign = Path(sign)
 
     def fetch(self, url: str) -> bytes:
-        self.sign.write_text(str(os.getpid()))
+        own = self.sign.with_name(f"{self.sign.name}-{os.getpid()}-{threading.get_ident()}")
+        own.write_text(str(os.getpid()))
+        own.replace(self.sign)  # others come here too: the file must never be empty
         time.sleep(600)
         return b""

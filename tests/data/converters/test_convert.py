@@ -226,7 +226,7 @@ def test_workers_end_with_their_parent_whatever_they_wait_for(folder: Path, numb
     conversion = made(folder, fetcher="Waiting", sign=str(sign))
     process = _server().Process(target=convert_until_stopped, args=(conversion, folder))
     process.start()
-    wait_until(lambda: sign.exists() and sign.read_text() != "")
+    wait_until(sign.exists)
     worker = int(sign.read_text())
     assert process.pid is not None and worker != process.pid
     os.kill(process.pid, number)
