@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.checkpoint.weights import fill
 from megatron_atum.config.schema import Config, ModelConfig, OptimizerConfig, SourceConfig, TrainingConfig
 from megatron_atum.parallel.groups import ProcessGroups, build_groups
 from megatron_atum.parallel.layout import ParallelLayout, even_units
-from tests.checkpoint.folders import Given
 
 
 @dataclass(frozen=True)

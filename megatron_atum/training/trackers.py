@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from megatron_atum.config.loader import to_yaml
 from megatron_atum.config.schema import Config
-from megatron_atum.errors import ConfigError
+from megatron_atum.errors import ConfigError, first_line
 from megatron_atum.training.metrics import print_line
 
 WAITING = 10_000  # lines that may wait for a tracker that does not keep up
@@ -131,7 +131,7 @@ class _Feeder:
                 call(tracker)
             tracker.close()
         except Exception as error:  # whatever a package raises
-            self._give_up(f"{type(error).__name__}: {_first_line(error)}")
+            self._give_up(f"{type(error).__name__}: {first_line(error)}")
 
     def _give_up(self, why: str) -> None:
         if not self._over:
@@ -197,7 +197,7 @@ class WeightsAndBiases:
             run = self._init("online", resume="allow")
         except wandb.Error as error:
             say(
-                f"Weights & Biases cannot be reached ({_first_line(error)}); this run is recorded offline, for "
+                f"Weights & Biases cannot be reached ({first_line(error)}); this run is recorded offline, for "
                 f"`wandb sync {self._folder / 'wandb'}/offline-run-*-{self._id}`"
             )
             wandb.teardown()  # its process still holds the id
@@ -244,10 +244,6 @@ def _wandb_id(run_folder: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(new + "\n")
     return new
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

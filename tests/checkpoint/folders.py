@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_atum.checkpoint.hf_config import from_hf
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder
-from megatron_atum.checkpoint.source import Given as Given
 from megatron_atum.checkpoint.source import TensorSource
 from megatron_atum.checkpoint.table import hf_shapes
 from megatron_atum.config.schema import ModelConfig

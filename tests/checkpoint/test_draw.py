@@ -12,12 +12,12 @@ from torch import Tensor
 from megatron_atum.checkpoint.draw import ADDED_ROWS_SEED, AddedRows, Drawn
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder, check_start
-from megatron_atum.checkpoint.source import TensorSource
+from megatron_atum.checkpoint.source import Given, TensorSource
 from megatron_atum.checkpoint.stored import StoredCheckpoint, find_checkpoint, write_weights
 from megatron_atum.checkpoint.weights import fill, gather_rows
 from megatron_atum.errors import CheckpointError
 from megatron_atum.model.stage import build_stages
-from tests.checkpoint.folders import MODEL, Given, same, weights
+from tests.checkpoint.folders import MODEL, same, weights
 from tests.distributed import run_distributed
 from tests.layouts import ONE, Degrees, groups_of
 

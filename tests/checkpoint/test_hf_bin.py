@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from megatron_atum.checkpoint.hf_bin import BinFile
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.errors import CheckpointError
 from tests.checkpoint.folders import (
     DTYPES,
     MODEL,
     NAME,
     SHAPE,
-    Given,
     read_all,
     refused,
     same,

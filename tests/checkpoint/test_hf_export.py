@@ -21,10 +21,11 @@ from torch import Tensor
 from megatron_atum.checkpoint import hf_export
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.checkpoint.stored import open_checkpoint, write_weights
 from megatron_atum.checkpoint.table import hf_shapes
 from megatron_atum.errors import CheckpointError
-from tests.checkpoint.folders import DTYPES, MODEL, NAME, Given, read_all, same, weights
+from tests.checkpoint.folders import DTYPES, MODEL, NAME, read_all, same, weights
 
 ROOT = Path(__file__).parents[2]
 KINDS = [DTYPES[:1], DTYPES[1:2], DTYPES[2:], DTYPES]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_atum.checkpoint.hf_config import from_hf, to_hf
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder, check_same_model
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.config.loader import preset
 from megatron_atum.errors import CheckpointError
 from tests.checkpoint.folders import (
@@ -22,7 +23,6 @@ from tests.checkpoint.folders import (
     MODEL,
     NAME,
     SHAPE,
-    Given,
     all_of,
     change_config,
     change_header,

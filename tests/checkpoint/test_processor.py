@@ -14,8 +14,9 @@ import sentencepiece
 
 from megatron_atum.checkpoint.hf_export import write_hf_folder
 from megatron_atum.checkpoint.processor import ADDED_TOKENS, has_processor, write_processor
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.errors import DataError
-from tests.checkpoint.folders import MODEL, Given, read_all, same, weights
+from tests.checkpoint.folders import MODEL, read_all, same, weights
 
 ROOT = Path(__file__).parents[2]
 BASE = replace(MODEL, additional_vocab_size=2)

@@ -17,12 +17,12 @@ import torch
 from megatron_atum.checkpoint.draw import Drawn
 from megatron_atum.checkpoint.folder import damaged, missing, read_record, step_folder
 from megatron_atum.checkpoint.index import read_index
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.checkpoint.stored import StoredCheckpoint, find_checkpoint, open_checkpoint, write_weights
 from megatron_atum.checkpoint.table import hf_shapes, weight_table
 from megatron_atum.checkpoint.tensor_file import checksum_of
 from megatron_atum.config.loader import preset
 from megatron_atum.errors import CheckpointError
-from tests.checkpoint.folders import Given
 
 ROOT = Path(__file__).parents[2]
 MODEL = preset("tiny")

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from megatron_atum.checkpoint.hf_export import write_hf_folder
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.checkpoint.table import hf_shapes
-from tests.checkpoint.folders import MODEL, NAME, SHAPE, Given, change_tensors, read_all, same, to_bins, weights
+from tests.checkpoint.folders import MODEL, NAME, SHAPE, change_tensors, read_all, same, to_bins, weights
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -15,9 +15,10 @@ import torch
 
 from megatron_atum.checkpoint import inspection
 from megatron_atum.checkpoint.hf_export import write_hf_folder
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.checkpoint.stored import write_weights
 from megatron_atum.checkpoint.table import hf_shapes
-from tests.checkpoint.folders import MODEL, NAME, SHAPE, Given, change_tensors, to_bins, weights
+from tests.checkpoint.folders import MODEL, NAME, SHAPE, change_tensors, to_bins, weights
 from tests.checkpoint.runs import BF16, config_of, engine_of, saved, steps
 from tests.distributed import run_distributed
 from tests.layouts import Degrees

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.checkpoint.stored import open_checkpoint, write_weights
-from tests.checkpoint.folders import MODEL, Given, all_of, same, weights
+from tests.checkpoint.folders import MODEL, all_of, same, weights
 from tests.tools.calls import call, flip
 from tools.checkpoint import standalone
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from megatron_atum.checkpoint.hf_folder import IdeficsFolder
+from megatron_atum.checkpoint.source import Given
 from megatron_atum.checkpoint.stored import write_weights
 from megatron_atum.training import verify as core
-from tests.checkpoint.folders import Given, all_of, change_config, change_tensors, read_all
+from tests.checkpoint.folders import all_of, change_config, change_tensors, read_all
 from tests.distributed import run_distributed
 from tests.model.cases import Case, hf_config, randomise
 from tests.tools.calls import Done, call

@@ -43,10 +43,6 @@ def read_rows(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -
         raise DataError(f"{path} cannot be read{place} ({error}); copy or download it again") from error
 
 
-def is_rows(name: str) -> bool:
-    return name.lower().endswith(ROW_SUFFIXES)
-
-
 def _reader(path: str) -> Any:
     name = path.lower()
     readers = ((PARQUET, _parquet_rows), (ARROW, _arrow_rows), (_LISTS, _json_rows), (JSONL, _jsonl_rows))
