@@ -121,10 +121,11 @@ SCRIPT = """
 import sys, time
 from megatron_atum.data import indexing
 build = indexing.build_sidecar
-def slowly(*arguments, **options):
-    time.sleep(0.2)
-    return build(*arguments, **options)
-indexing.build_sidecar = slowly
+def one_and_no_more(shard, *arguments, **options):
+    if not str(shard).endswith("000.tar"):
+        time.sleep(600)
+    return build(shard, *arguments, **options)
+indexing.build_sidecar = one_and_no_more
 how = indexing.Indexing("pairs", sys.argv[2])
 shards = indexing.find_shards([sys.argv[1]])
 indexing.index_shards(how, shards, indexing.manifest_for(shards, None))
@@ -150,14 +151,16 @@ def test_killed_and_started_again_it_writes_the_same_bytes(
 def test_workers_end_with_a_killed_parent(pairs: Path, how: Indexing, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "import sys, time\nfrom megatron_atum.data.processes import in_processes\n"
-        "if __name__ == '__main__':\n    list(in_processes(time.sleep, [60, 60], 2))\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom megatron_atum.data.processes import in_processes\n"
+        "def work(folder):\n    Path(folder, str(os.getpid())).touch()\n    time.sleep(600)\n"
+        "if __name__ == '__main__':\n    list(in_processes(work, sys.argv[1:] * 2, 2))\n"
     )
-    process = subprocess.Popen([sys.executable, str(script)])
-    parent = psutil.Process(process.pid)
-    wait_for(lambda: len(workers := parent.children(recursive=True)) >= 3 and all(w.cpu_times().user for w in workers))
-    time.sleep(0.3)
-    below = parent.children(recursive=True)
+    at_work = tmp_path / "at work"
+    at_work.mkdir()
+    process = subprocess.Popen([sys.executable, str(script), str(at_work)])
+    wait_for(lambda: len(list(at_work.iterdir())) == 2)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert {int(file.name) for file in at_work.iterdir()} <= {worker.pid for worker in below}
     process.kill()
     process.wait()
     assert psutil.wait_procs(below, timeout=10)[1] == []

@@ -212,10 +212,8 @@ def test_kill_9_after_kill_9_a_restart_gives_the_same_bytes(folder: Path) -> Non
         assert stop_when(slow, folder, pattern) == -signal.SIGKILL
         assert len(contents(folder / "out")) < len(contents(folder / "whole"))
     assert not json.loads((folder / "out" / "conversion.json").read_text())["complete"]
-    time.sleep(0.2)  # the workers notice by themselves
-    names = set(contents(folder / "out"))
-    time.sleep(0.3)
-    assert set(contents(folder / "out")) == names, "a worker went on without its parent"
+    wait_until(lambda: rests(folder / "out"))
+    assert len(contents(folder / "out")) < len(contents(folder / "whole")), "the workers went on without their parent"
     start(made(folder), folder)
     assert contents(folder / "out") == contents(folder / "whole")
 
@@ -233,6 +231,12 @@ def test_workers_end_with_their_parent_whatever_they_wait_for(folder: Path, numb
     process.join(10)
     assert process.exitcode == code
     wait_until(lambda: not alive(worker))
+
+
+def rests(out: Path) -> bool:
+    before = sorted(os.listdir(out))
+    time.sleep(0.3)
+    return sorted(os.listdir(out)) == before
 
 
 def wait_until(true: Callable[[], bool]) -> None:
