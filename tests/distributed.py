@@ -1,7 +1,7 @@
 """Runs a function in several processes that form a torch.distributed group.
 
-All processes are forks of one server that imports the heavy packages once per test session, so a launch costs some
-tenths of a second after the first. Linux only.
+With gloo all processes are forks of one server that imports the heavy packages once per test session, so a launch
+costs some tenths of a second after the first; they see no accelerator. With nccl they start anew. Linux only.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PRELOAD = [
     "webdataset",
 ]
 
-SERVER_ENVIRONMENT = {
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -66,6 +66,8 @@ SERVER_ENVIRONMENT = {
     # megatron-core warns six times that the packages are not there, which they need not be.
     "PYTHONWARNINGS": "ignore:Transformer Engine and Apex are not installed,ignore:Apex is not installed",
 }
+
+SERVER_ENVIRONMENT = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}  # its forks could not use a device it had opened
 
 EXIT_GRACE_S = 15.0  # from the last result to the end of the last process
 STACK_WAIT_S = 3.0  # for the ranks of a hanging run to write their stacks
@@ -105,7 +107,7 @@ def run_distributed(
     payload = _dumps((fn, args))
     # The store lives here, so that no rank can take it along when it dies, and binds its port before anyone uses it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = _server()
+    context = _server() if backend == "gloo" else _fresh()
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="run-distributed-") as folder:
@@ -118,7 +120,8 @@ def run_distributed(
                     args=(rank, world_size, store.port, backend, timeout, str(logs[rank]), sender, payload),
                     name=f"{fn.__name__}[{rank}]",
                 )
-                process.start()
+                with _environment(ENVIRONMENT):  # of a fresh process; the server has its own
+                    process.start()
                 sender.close()
                 processes.append(process)
                 pipes.append(receiver)
@@ -224,6 +227,11 @@ def _server() -> multiprocessing.context.ForkServerContext:
     with _environment(SERVER_ENVIRONMENT):
         multiprocessing.forkserver.ensure_running()
     return context
+
+
+def _fresh() -> multiprocessing.context.SpawnContext:
+    """For accelerators. Every process imports everything anew."""
+    return multiprocessing.get_context("spawn")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ Legend: S sequence, B batch, A heads of this rank, D head width.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_atum.model.recompute import RecomputesInside
+from megatron_atum.parallel.device import has_flash_attention
 
 
 def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -29,6 +32,36 @@ def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, **options: 
         return F.scaled_dot_product_attention(query, key, value, **options)
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(query, key, value, **options)
+
+
+def has_varlen(query_TAD: Tensor) -> bool:
+    """Whether `varlen_attention` takes such queries: torch's flash kernel neither pads nor falls back."""
+    D = query_TAD.shape[-1]
+    fits = D % 8 == 0 and D <= 256 and query_TAD.dtype in (torch.bfloat16, torch.float16) and query_TAD.numel() > 0
+    return fits and query_TAD.device.type != "cpu" and has_flash_attention() and _varlen_kernel() is not None
+
+
+@functools.cache
+def _varlen_kernel() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # only now: it imports the compiler
+    except ImportError:  # before torch 2.10
+        return None
+    return varlen_attn
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int]
+) -> Tensor:
+    """Attention of segments that lie one after the other, without a mask. All [sum of lengths,A,D].
+
+    Args:
+        starts: of queries and of keys, int32 [segments + 1]: where each segment begins, and the end of the last.
+        longest: most queries and most keys of a segment.
+    """
+    kernel = _varlen_kernel()
+    assert kernel is not None
+    return kernel(query, key, value, *starts, *longest)
 
 
 # torch's CPU kernel takes 512 keys at a time and multiplies with all of them, forbidden or not. Blocks of queries that

@@ -19,24 +19,28 @@ from torch import Tensor
 
 from megatron_atum.batch import Batch
 from megatron_atum.errors import DataError
-from megatron_atum.model.attention import dot_product_attention
+from megatron_atum.model.attention import dot_product_attention, has_varlen, varlen_attention
 
 
 @dataclass(frozen=True)
 class SegmentPlan:
     """One image per token.
 
-    Images are ordered by how many tokens see them, and those with equally many tokens are attended in one batched
-    product: packed rows have few distinct counts, so few products serve many images, without padding.
+    Images are ordered by how many tokens see them. Where there is no kernel for segments of any lengths (CPU, fp32),
+    those with equally many tokens are attended in one batched product: packed rows have few distinct counts, so few
+    products serve many images, without padding.
     """
 
     tokens_T: Tensor  # places in the flattened [S,b] text, ordered by image
     images_K: Tensor  # images that are seen, in the order of their tokens
+    starts_K: Tensor  # int32 [K+1]: where the tokens of each image begin, and their end
     groups: tuple[tuple[int, int], ...]  # (images, tokens of each); at least one: an empty one if no image is seen
 
     def to(self, device: torch.device) -> SegmentPlan:
-        tokens_T = self.tokens_T.to(device, non_blocking=True)
-        return SegmentPlan(tokens_T, self.images_K.to(device, non_blocking=True), self.groups)
+        tokens_T, images_K, starts_K = (
+            x.to(device, non_blocking=True) for x in (self.tokens_T, self.images_K, self.starts_K)
+        )
+        return SegmentPlan(tokens_T, images_K, starts_K, self.groups)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ def segment_plan(image_index_bS: Tensor, images_per_row: Tensor) -> SegmentPlan:
     tokens_T = torch.argsort(order_N[image_Sb], stable=True)[: int(count_N.sum())]
     lengths, images = torch.unique_consecutive(count_N[images_K], return_counts=True)
     groups = tuple(zip(images.tolist(), lengths.tolist(), strict=True))
-    return SegmentPlan(tokens_T, images_K, groups or ((0, 0),))
+    starts_K = F.pad(count_N[images_K].cumsum(0), (1, 0)).to(torch.int32)
+    return SegmentPlan(tokens_T, images_K, starts_K, groups or ((0, 0),))
 
 
 def select_latents(latents_NLV: Tensor, plan: AttentionPlan) -> Tensor:
@@ -115,6 +120,23 @@ def attend(query_SbAD: Tensor, key_KLAD: Tensor, value_KLAD: Tensor, plan: Atten
 def _attend_segments(query_SbAD: Tensor, key_KLAD: Tensor, value_KLAD: Tensor, plan: SegmentPlan) -> Tensor:
     S, b, A, D = query_SbAD.shape
     query_TAD = query_SbAD.flatten(0, 1).index_select(0, plan.tokens_T)
+    attend_segments = _attend_varlen if has_varlen(query_TAD) else _attend_groups
+    out_TAD = attend_segments(query_TAD, key_KLAD, value_KLAD, plan)
+    out = torch.zeros(S * b, A, D, dtype=query_SbAD.dtype, device=query_SbAD.device)
+    return out.index_copy(0, plan.tokens_T, out_TAD).view(S, b, A, D)
+
+
+def _attend_varlen(query_TAD: Tensor, key_KLAD: Tensor, value_KLAD: Tensor, plan: SegmentPlan) -> Tensor:
+    """All images in one kernel."""
+    K, L = key_KLAD.shape[:2]
+    starts_of_latents = torch.arange(0, (K + 1) * L, L, dtype=torch.int32, device=query_TAD.device)
+    most_tokens = plan.groups[-1][1]
+    keys, values = key_KLAD.flatten(0, 1), value_KLAD.flatten(0, 1)
+    return varlen_attention(query_TAD, keys, values, (plan.starts_K, starts_of_latents), (most_tokens, L))
+
+
+def _attend_groups(query_TAD: Tensor, key_KLAD: Tensor, value_KLAD: Tensor, plan: SegmentPlan) -> Tensor:
+    A, D = query_TAD.shape[1:]
     images = [n for n, _ in plan.groups]
     # split, not slices: the backward of each slice would fill a gradient of full size
     queries = query_TAD.split([n * length for n, length in plan.groups])
@@ -124,8 +146,7 @@ def _attend_segments(query_SbAD: Tensor, key_KLAD: Tensor, value_KLAD: Tensor, p
         q_nAtD = q.view(n, length, A, D).transpose(1, 2)
         out_nAtD = dot_product_attention(q_nAtD, k.transpose(1, 2), v.transpose(1, 2))
         outs.append(out_nAtD.transpose(1, 2).reshape(n * length, A, D))
-    out = torch.zeros(S * b, A, D, dtype=query_SbAD.dtype, device=query_SbAD.device)
-    return out.index_copy(0, plan.tokens_T, torch.cat(outs)).view(S, b, A, D)
+    return torch.cat(outs)
 
 
 def _attend_dense(query_SbAD: Tensor, key_NLAD: Tensor, value_NLAD: Tensor, plan: DensePlan) -> Tensor:

@@ -5,11 +5,14 @@ Legend: S sequence, B batch, H width, A heads of this rank, D head width.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from megatron_atum.model.attention import TorchAttention
 from megatron_atum.model.norm import RMSNorm
 from megatron_atum.model.recompute import RecomputesInside
+from megatron_atum.parallel.fusion import fused
 
 Rotation = tuple[Tensor, Tensor]  # cosine and sine of `RotaryFrequencies`
 
@@ -57,16 +61,24 @@ class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mixed_SBA3D: Tensor, cos_SB1D: Tensor, sin_SB1D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos_SB1D, sin_SB1D)
-        query, key, value = mixed_SBA3D.unbind(-2)
-        return rotate(query, cos_SB1D, sin_SB1D), rotate(key, cos_SB1D, sin_SB1D), value
+        query, key = _rotate_both(mixed_SBA3D, cos_SB1D, sin_SB1D)
+        return query, key, mixed_SBA3D[..., 2, :]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        query, key, value = gradients
-        cos_SB1D, sin_SB1D = ctx.saved_tensors
-        back_SB1D = -sin_SB1D
-        turned = (rotate(query, cos_SB1D, back_SB1D), rotate(key, cos_SB1D, back_SB1D), value)
-        return torch.stack(turned, dim=-2), None, None
+        return _rotate_back(*gradients, *ctx.saved_tensors), None, None
+
+
+@fused
+def _rotate_both(mixed_SBA3D: Tensor, cos_SB1D: Tensor, sin_SB1D: Tensor) -> tuple[Tensor, Tensor]:
+    query, key, _ = mixed_SBA3D.unbind(-2)
+    return rotate(query, cos_SB1D, sin_SB1D), rotate(key, cos_SB1D, sin_SB1D)
+
+
+@fused
+def _rotate_back(query: Tensor, key: Tensor, value: Tensor, cos_SB1D: Tensor, sin_SB1D: Tensor) -> Tensor:
+    back_SB1D = -sin_SB1D
+    return torch.stack((rotate(query, cos_SB1D, back_SB1D), rotate(key, cos_SB1D, back_SB1D), value), dim=-2)
 
 
 def rotate(x_SBAD: Tensor, cos_SB1D: Tensor, sin_SB1D: Tensor) -> Tensor:
@@ -91,12 +103,45 @@ class RecomputingMLP(RecomputesInside, MLP):
 
     def _widen(self, hidden_states: Tensor) -> Tensor:
         wide, bias = self.linear_fc1(hidden_states)
-        if bias is not None:
-            wide = wide + bias
-        if not self.config.gated_linear_unit:
-            return self.activation_func(wide)
-        gate, up = wide.chunk(2, dim=-1)
-        return self.activation_func(gate) * up
+        if self.config.gated_linear_unit:
+            assert bias is None and self.activation_func is F.silu
+            return SwiGLU.apply(wide)
+        assert bias is not None
+        if torch.is_grad_enabled() and wide.requires_grad:
+            # not one kernel: the sum for the bias's gradient would depend on the shapes that came before
+            return self.activation_func(wide + bias)
+        return _biased(self.activation_func)(wide.flatten(0, 1), bias).view_as(wide)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of a projection that holds both, [..., 2F] -> [..., F]. Keeps that projection only."""
+
+    @staticmethod
+    def forward(ctx: Any, wide: Tensor) -> Tensor:
+        ctx.save_for_backward(wide)
+        return _swiglu(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _swiglu_gradient(*ctx.saved_tensors, *gradients)
+
+
+@fused
+def _swiglu(wide: Tensor) -> Tensor:
+    gate, up = wide.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@fused
+def _swiglu_gradient(wide: Tensor, gradient: Tensor) -> Tensor:
+    gate, up = wide.chunk(2, dim=-1)
+    return torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)), dim=-1)
+
+
+@functools.cache
+def _biased(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """activation(wide + bias) without a gradient, of [positions,F] of which there may be any number."""
+    return fused(lambda wide, bias: activation(wide + bias))
 
 
 def layer_submodules(

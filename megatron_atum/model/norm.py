@@ -15,8 +15,9 @@ from megatron_atum.parallel.gradients import mark_replicated
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (HF modeling_idefics.py: IdeficsRMSNorm).
 
-    The statistics are fp32; the normalised value is rounded to the input's dtype before the product with the
-    weight, as there. Takes the arguments with which megatron-core builds a norm.
+    The statistics are fp32. On a CPU the normalised value is rounded to the input's dtype before the product with the
+    weight, as there; accelerators' fused kernel rounds the product only. Takes the arguments with which megatron-core
+    builds a norm.
 
     Args:
         sum_gradient: each tensor rank sees only a part of what this norm is applied to (its heads, or under
@@ -41,7 +42,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
             return _RMSNormOnCPU.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class _RMSNormOnCPU(torch.autograd.Function):

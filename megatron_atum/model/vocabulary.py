@@ -4,7 +4,7 @@ The base tables are split over tensor ranks by vocabulary, padded so that it div
 rank; in the head, only the last tensor rank's copy counts.
 
 Legend: S tokens, s tokens of this rank under sequence parallelism (else S), b rows, H hidden width, C columns of
-this rank (base share + A).
+this rank (base share + A + filling).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron_atum.parallel.gradients import mark_replicated
 from megatron_atum.parallel.groups import ProcessGroups
 
 TOKENS_AT_A_TIME = 128  # of which exponentials are taken
+ALIGNED = 64  # columns: rows begin at multiples of 128 bytes in bf16, a line of a GPU's cache
 
 
 def padded_vocabulary(vocab_size: int, tensor_size: int) -> int:
@@ -94,9 +95,10 @@ class DecoupledEmbedding(MegatronModule):
 class DecoupledHead(MegatronModule):
     """Logits over V base and A added tokens, split over tensor ranks (HF: IdeficsDecoupledLinear).
 
-    A rank's columns are its share of the padded base vocabulary and then the A added ones. Columns that are not
-    this rank's to count (padding; the added ones except on the last rank) are -inf, so they add nothing to a
-    softmax and get no gradient.
+    A rank's columns are its share of the padded base vocabulary, the A added ones, and then filling: gradients of the
+    base columns are a part of these rows, and products are slow where rows do not begin at multiples of 16 bytes.
+    Columns that are not this rank's to count (padding; filling; the added ones except on the last rank) are -inf, so
+    they add nothing to a softmax and get no gradient.
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, groups: ProcessGroups) -> None:
@@ -109,6 +111,7 @@ class DecoupledHead(MegatronModule):
         if self.added_size:
             self.added = _AddedRows(self.added_size, model.hidden_size, config.params_dtype, sum_gradient=True)
         self.share = padded // groups.layout.tensor
+        self.filling = -(self.share + self.added_size) % ALIGNED if self.added_size else 0
         self.start = self.share * groups.tensor_rank
         self.is_last = groups.tensor_rank == groups.layout.tensor - 1
         has_padding = self.start + self.share > self.vocab_size
@@ -120,7 +123,9 @@ class DecoupledHead(MegatronModule):
         hidden_SbH = enter(hidden_sbH)
         logits, _ = self.base(hidden_SbH)
         if self.added is not None:
-            logits = torch.cat((logits, nn.functional.linear(hidden_SbH, self.added())), dim=-1)
+            added = nn.functional.linear(hidden_SbH, self.added())
+            filling = added.new_full((1, 1, 1), float("-inf")).expand(*added.shape[:2], self.filling)
+            logits = torch.cat((logits, added, filling), dim=-1)
         if not self.has_foreign:
             return logits
         return logits.masked_fill(self._foreign_columns(logits.device), float("-inf"))
@@ -134,7 +139,7 @@ class DecoupledHead(MegatronModule):
         return copy_to_tensor_model_parallel_region(hidden_SbH, group=self.groups.tensor)
 
     def _foreign_columns(self, device: torch.device) -> Tensor:
-        columns_C = torch.arange(self.share + self.added_size, device=device)
+        columns_C = torch.arange(self.share + self.added_size + self.filling, device=device)
         padding = (columns_C < self.share) & (columns_C + self.start >= self.vocab_size)
         added = columns_C >= self.share
         return padding if self.is_last else padding | added
@@ -153,7 +158,7 @@ class DecoupledHead(MegatronModule):
         parts = [torch.empty_like(logits_SbC) for _ in range(self.groups.layout.tensor)]
         dist.all_gather(parts, logits_SbC, group=self.groups.tensor)
         base = torch.cat([part[..., : self.share] for part in parts], dim=-1)[..., : self.vocab_size]
-        return torch.cat((base, parts[-1][..., self.share :]), dim=-1)
+        return torch.cat((base, parts[-1][..., self.share : self.share + self.added_size]), dim=-1)
 
 
 class _LogSumExpAndTarget(torch.autograd.Function):

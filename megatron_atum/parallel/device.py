@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 from collections.abc import Iterator
@@ -45,8 +46,13 @@ def has_accelerator() -> bool:
 
 
 def hide_accelerators() -> None:
-    """Make this process a CPU process. Only before anything has asked for an accelerator."""
+    """Make this process, and those that it starts, CPU processes. Only before tensors are on an accelerator.
+
+    The variable alone would come too late where an import has asked the driver for devices: it reads it once.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.cuda.is_available = lambda: False
+    torch.cuda.device_count = lambda: 0
 
 
 def device() -> torch.device:
@@ -65,6 +71,14 @@ def training_dtype(config: TrainingConfig) -> torch.dtype:
     if config.precision == "auto":
         return torch.bfloat16 if has_accelerator() else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+
+
+@functools.cache
+def has_flash_attention() -> bool:
+    """Whether torch's own flash kernels run on this process's device: from Ampere on, in builds that have them."""
+    if not has_accelerator() or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device()) >= (8, 0)
 
 
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

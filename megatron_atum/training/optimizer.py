@@ -21,6 +21,7 @@ from megatron_atum.parallel.cpu_compat import emulated_cuda
 from megatron_atum.parallel.device import has_accelerator
 from megatron_atum.parallel.gradients import sum_replicated
 from megatron_atum.parallel.groups import ProcessGroups
+from megatron_atum.parallel.multi_tensor import use_foreach_kernels
 from megatron_atum.training.parameter_groups import Settings, matches_of, settings
 
 
@@ -105,6 +106,7 @@ def build_optimizer(
     """AdamW over the trainable parameters, sharded over data-parallel ranks if optimizer.distributed."""
     o = config.optimizer
     groups = group_overrides(mark_settings(stages, config), o)
+    use_foreach_kernels()
     mcore = McoreOptimizerConfig(
         optimizer="adam",
         lr=o.lr,

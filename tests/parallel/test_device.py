@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
 from megatron_atum.parallel import device
 from megatron_atum.parallel.device import (
+    has_accelerator,
+    hide_accelerators,
     is_out_of_memory,
     memory_gib,
     peak_flops,
@@ -80,6 +84,16 @@ def test_the_peak_of_a_process_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_a_lack_of_memory(error: RuntimeError, memory: bool) -> None:
     assert is_out_of_memory(error) is memory
+
+
+def test_accelerators_are_hidden_also_after_the_driver_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    hide_accelerators()
+    assert not has_accelerator() and torch.cuda.device_count() == 0
+    assert device.device() == torch.device("cpu") and device.backend() == "gloo"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # for processes that are started
 
 
 @pytest.mark.gpu
