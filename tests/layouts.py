@@ -69,11 +69,17 @@ def test_config(model: ModelConfig, **changes: Any) -> Config:
 test_config.__test__ = False  # type: ignore[attr-defined]
 
 
-def build_engine(config: Config, degrees: Degrees, state: dict[str, torch.Tensor]) -> Any:
-    """An engine with Hugging Face's weights. Its optimizer is not built yet."""
+def build_engine(
+    config: Config, degrees: Degrees, state: dict[str, torch.Tensor], groups: ProcessGroups | None = None
+) -> Any:
+    """An engine with Hugging Face's weights. Its optimizer is not built yet.
+
+    Args:
+        groups: of these degrees, from an engine before; making them takes longer than a step over gloo.
+    """
     from megatron_atum.training.engine import Engine
 
-    groups = groups_of(config.model, degrees)
+    groups = groups or groups_of(config.model, degrees)
     engine = Engine(config, groups)
     fill(engine.stages, config.model, groups, Given(state))
     return engine

@@ -94,15 +94,17 @@ def gather_rows(
     Args:
         take: what to gather of a parameter (its data, its gradient); None leaves the row out.
     """
+    taken = [(row, parameter, take(parameter)) for row, parameter in rows_of(stages, model)]
+    found = [
+        (row, parameter, value.detach().float().cpu().flatten()) for row, parameter, value in taken if value is not None
+    ]
+    whole = torch.cat([value for _, _, value in found]) if found else torch.empty(0)
+    shards: list[Any] = [None] * groups.layout.tensor
+    torch.distributed.all_gather_object(shards, whole, group=groups.tensor)  # once: each takes some milliseconds
+    by_rank = [shard.split([value.numel() for _, _, value in found]) for shard in shards]
     mine: dict[str, Tensor] = {}
-    for row, parameter in rows_of(stages, model):
-        value = take(parameter)
-        if value is None:
-            continue
-        value = value.detach().float().cpu().contiguous()
-        shards: list[Any] = [None] * groups.layout.tensor
-        torch.distributed.all_gather_object(shards, value, group=groups.tensor)
-        mine.update(_joined(row, parameter, shards))
+    for (row, parameter, _), *parts in zip(found, *by_rank, strict=True):
+        mine.update(_joined(row, parameter, parts))
     stages_of_all: list[Any] = [None] * groups.layout.pipeline
     torch.distributed.all_gather_object(stages_of_all, mine, group=groups.pipeline)
     return {name: tensor for part in stages_of_all for name, tensor in part.items()}

@@ -98,7 +98,7 @@ def _merge(where: str, base: Any, layer: Any) -> Any:
         if not isinstance(value, dict) and not OmegaConf.is_dict(value):
             raise ConfigError(f"{where}: {section} must be a mapping of keys, not {value!r}")
     try:
-        return OmegaConf.merge(base, layer)
+        return OmegaConf.unsafe_merge(base, layer)  # neither is used again, and merge would copy both
     except ConfigKeyError as error:
         known = [*section_names(), *key_names(), *(field.name for field in fields(SourceConfig))]
         raise ConfigError(f"{where}: {unknown('key', str(error.full_key), known)}") from None

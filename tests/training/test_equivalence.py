@@ -14,7 +14,7 @@ from tests.model.cases import Case, reference
 from tests.model.parity import ZERO_GRADIENT
 from tests.training.equivalence import train
 
-UNFROZEN = Case("unfrozen", 21, rows=1, images=((2,), (0,), (1,), (3,)), small_norm_inputs=False)
+UNFROZEN = Case("unfrozen", 21, layers=2, interval=1, rows=1, images=((2,), (0,), (1,), (3,)), small_norm_inputs=False)
 FROZEN = Case(
     "frozen", 22, rows=1, images=((1,), (2,), (0,), (1,)), frozen=True, alpha_type="vector", small_norm_inputs=False
 )

@@ -12,16 +12,17 @@ import torch
 from megatron_atum.batch import NO_IMAGE, Batch
 from megatron_atum.checkpoint.hf_config import from_hf
 from megatron_atum.checkpoint.weights import gather_rows
+from megatron_atum.parallel.groups import ProcessGroups
 from tests.distributed import run_distributed
-from tests.layouts import ONE, Degrees, build_engine, test_config
+from tests.layouts import ONE, Degrees, build_engine, groups_of, test_config
 from tests.model.cases import Case, Expected, make_batches, reference
 from tests.training.equivalence import own_share, trained
 
 # Six microbatches; with two data-parallel ranks, rank 0 gets the even ones and rank 1 the odd ones.
 IMAGES = ((2,), (1,), (3,), (2,), (1,), (4,))
 CASES = [
-    Case("unfrozen", 41, rows=1, images=IMAGES, small_norm_inputs=False),
-    Case("frozen", 42, rows=1, images=IMAGES, frozen=True, small_norm_inputs=False),
+    Case("unfrozen", 41, layers=2, interval=1, rows=1, images=IMAGES, small_norm_inputs=False),
+    Case("frozen", 42, layers=2, interval=1, rows=1, images=IMAGES, frozen=True, small_norm_inputs=False),
 ]
 ROUNDING = 3e-8  # of gradients that are sums of larger terms, some of them zero by nature
 LAYOUTS = [Degrees(data=2), Degrees(data=2, tensor=2, sequence=True), Degrees(data=2, pipeline=2)]
@@ -66,15 +67,16 @@ def scene(batches: list[Batch], changes: dict[int, Any]) -> list[Batch]:
 
 def run_scenes(rank: int, world_size: int, degrees: Degrees, path: str) -> dict[str, dict[str, Any]]:
     expected: Expected = torch.load(path, weights_only=False)
-    return {name: run_scene(expected, degrees, changes) for name, changes in SCENES.items()}
+    groups = groups_of(from_hf(expected.config), degrees)
+    return {name: run_scene(expected, degrees, groups, changes) for name, changes in SCENES.items()}
 
 
-def run_scene(expected: Expected, degrees: Degrees, changes: dict[int, Any]) -> dict[str, Any]:
+def run_scene(expected: Expected, degrees: Degrees, groups: ProcessGroups, changes: dict[int, Any]) -> dict[str, Any]:
     """Gradients with plain data parallelism, and parameters after a step with the sharded optimizer."""
     result: dict[str, Any] = {}
     for distributed in (False, True):
         config = test_config(from_hf(expected.config), distributed=distributed, overlap_grad_reduce=True)
-        engine = build_engine(config, degrees, expected.state)
+        engine = build_engine(config, degrees, expected.state, groups)
         engine.build_optimizer()
         batches = own_share(scene(make_batches(expected.case), changes), engine.groups)
         result["losses"] = engine.step(batches).losses
