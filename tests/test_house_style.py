@@ -23,7 +23,8 @@ FLOORS = [
     {"batch", "flops", "errors", "config", "parallel"},
     {"model", "data"},
     {"checkpoint"},
-    {"training", "planning", "generation", "launch"},
+    {"training", "generation", "launch"},
+    {"planning"},
     {"evaluation"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

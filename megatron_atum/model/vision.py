@@ -47,9 +47,11 @@ class VisionTransformer(MegatronModule):
         self.settings = v
         self.groups = groups
         self.grid = v.image_size // v.patch_size
-        self.patch_embedding = nn.Conv2d(v.num_channels, v.embed_dim, v.patch_size, v.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.empty(v.embed_dim))
-        self.position_embedding = nn.Parameter(torch.empty(self.grid**2 + 1, v.embed_dim))
+        self.patch_embedding = nn.Conv2d(
+            v.num_channels, v.embed_dim, v.patch_size, v.patch_size, bias=False, dtype=dtype
+        )
+        self.class_embedding = nn.Parameter(torch.empty(v.embed_dim, dtype=dtype))
+        self.position_embedding = nn.Parameter(torch.empty(self.grid**2 + 1, v.embed_dim, dtype=dtype))
         self.pre_layernorm = LayerNorm(config, v.embed_dim, v.norm_eps)
         submodules = layer_submodules(LayerNorm, AttnMaskType.no_mask, groups.alone.tp)
         self.layers = nn.ModuleList(
@@ -57,7 +59,6 @@ class VisionTransformer(MegatronModule):
             for n in range(v.num_layers)
         )
         self.post_layernorm = LayerNorm(config, v.embed_dim, v.norm_eps)
-        self.to(dtype)
         for parameter in self.parameters():
             # Each rank's gradient is that of its own images.
             mark_replicated(parameter, sum_gradient=True)

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_atum.errors import ConfigError
 from megatron_atum.parallel.cpu_compat import emulated_cuda, install_cpu_rng
 from megatron_atum.parallel.device import backend, device
+from megatron_atum.parallel.fake import host_backend, is_fake
 from megatron_atum.parallel.layout import Chunk, ParallelLayout
 
 
@@ -42,6 +43,14 @@ class ProcessGroups:
         return self.layout.chunks_of(self.pipeline_rank)
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """What the groups of this rank are for, by their names in torch."""
+        c = self.collection
+        by_kind = {"model": [c.mp], "data": [c.dp_cp, c.dp], "pipeline": [c.pp], "tensor": [c.tp]}
+        by_kind |= {"world": [dist.group.WORLD], "host": [self.host], "control": [self.control]}
+        return {group.group_name: kind for kind, groups in by_kind.items() for group in groups}
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pipeline_rank == 0
 
@@ -55,6 +64,8 @@ TIMEOUT_S = 600.0  # of a collective, in every group
 
 def set_timeout(timeout_s: float) -> None:
     """Collectives of all groups of this process that begin from here on fail after so many seconds."""
+    if is_fake():  # nothing there can be late
+        return
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
 
@@ -122,8 +133,8 @@ def build_groups(layout: ParallelLayout, seed: int = 1, timeout_s: float = TIMEO
         tensor=collection.tp,
         data=collection.dp,
         pipeline=collection.pp,
-        host=dist.new_group(backend="gloo", timeout=timeout),
-        control=dist.new_group(backend="gloo", timeout=timeout),
+        host=dist.new_group(backend=host_backend(), timeout=timeout),
+        control=dist.new_group(backend=host_backend(), timeout=timeout),
         collection=collection,
         alone=alone,
     )

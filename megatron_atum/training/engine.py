@@ -73,8 +73,10 @@ class Engine:
         self.config, self.groups = config, groups
         self.device, self.dtype = device(), training_dtype(config.training)
         self.sources = tuple(source.name for source in config.data.sources)
-        stages = build_stages(config.model, groups, self.dtype, config.training)
-        self.stages = [stage.to(self.device) for stage in stages]
+        self.stages = build_stages(config.model, groups, self.dtype, config.training)
+        for stage in self.stages:
+            if any(parameter.device != self.device for parameter in stage.parameters()):
+                stage.to(self.device)  # not for nothing: fake tensors (planning/dry_run.py) cannot be moved
         self.forward_watch, self.optimizer_watch = Stopwatch(), Stopwatch()
 
     def build_optimizer(self) -> None:
@@ -82,7 +84,7 @@ class Engine:
         connect_schedule(self.chunks, self.stages, self.groups, before_reduction=self._check_reach)
         self.optimizer = build_optimizer(self.chunks, self.stages, self.config, self.dtype)
         self.scheduler = build_scheduler(self.optimizer, self.config.optimizer)
-        self._reach: ReachCheck | None = ReachCheck(self.stages)
+        self.reach: ReachCheck | None = ReachCheck(self.stages)
 
     def step(self, batches: list[Batch]) -> StepResult:
         """Forward, backward, reduce, clip, update. Collective over all ranks."""
@@ -127,11 +129,18 @@ class Engine:
 
     def forward_backward(self, batches: list[Batch]) -> tuple[LossSettings, list[Tensor]]:
         """Gradients of a step, reduced. Returns what `own_report` needs."""
-        self.forget_gradients()
+        settings, inputs = self.prepare(batches)
+        return settings, self.run(settings, inputs)
+
+    def prepare(self, batches: list[Batch]) -> tuple[LossSettings, list[StageInput]]:
+        """What `run` takes. Collective over the data-parallel group."""
         settings = loss_settings(batches, self.config.training, self.groups, self.sources, self.device)
-        inputs = prepare(batches, self.config.model, self.groups, self.device, self.dtype)
-        reports = self._run(inputs, partial(_timed_forward_step, self.forward_watch, settings), self.chunks)
-        return settings, reports
+        return settings, prepare(batches, self.config.model, self.groups, self.device, self.dtype)
+
+    def run(self, settings: LossSettings, inputs: list[StageInput]) -> list[Tensor]:
+        """Forward and backward of all microbatches, and the reduction of gradients. Nothing waits for the device."""
+        self.forget_gradients()
+        return self._run(inputs, partial(_timed_forward_step, self.forward_watch, settings), self.chunks)
 
     def forget_gradients(self) -> None:
         for chunk in self.chunks:
@@ -213,9 +222,9 @@ class Engine:
         return losses, dict(zip(sums, after_report, strict=False)), columns
 
     def _check_reach(self) -> None:
-        if self._reach is not None:
-            self._reach()
-            self._reach = None
+        if self.reach is not None:
+            self.reach()
+            self.reach = None
 
 
 def _forward_step(settings: LossSettings, inputs: Iterator[StageInput], chunk: Any) -> tuple[Tensor, Any]:

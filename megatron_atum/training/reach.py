@@ -31,16 +31,20 @@ class ReachCheck:
     def _seen(self, name: str) -> None:
         self._missing.pop(name, None)
 
+    def stop(self) -> list[str]:
+        """Ends the watch. Returns the names of tensors of this rank that backward has not reached."""
+        for hook in self._hooks:
+            hook.remove()
+        return sorted(self._missing)
+
     def __call__(self) -> None:
         """Collective over all ranks, so that all of them stop.
 
         Raises:
             ConfigError: naming the tensors.
         """
-        for hook in self._hooks:
-            hook.remove()
         missing: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(missing, sorted(self._missing))
+        dist.all_gather_object(missing, self.stop())
         names = sorted({name for part in missing for name in part})
         if names:
             raise ConfigError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -209,13 +209,18 @@ def dry_step(engine: Engine, most_images: int) -> str:
 
 
 def largest_batch(config: Config, groups: ProcessGroups, most_images: int) -> Batch:
-    """Full rows with as many images as one can have, their tokens shared out evenly."""
-    b, S, I = config.training.micro_batch_size, config.data.sequence_length, most_images
+    """Full rows with as many images as one can have."""
+    return full_batch(config, groups, [most_images] * config.training.micro_batch_size)
+
+
+def full_batch(config: Config, groups: ProcessGroups, images: Sequence[int]) -> Batch:
+    """Rows without padding, each with so many images, among which its tokens are shared out evenly."""
+    b, S, N = len(images), config.data.sequence_length, sum(images)
     ids = torch.full((b, S), config.model.eos_token_id, dtype=torch.int64)
     mask = torch.ones(b, S, dtype=torch.int64)
     labels, loss_mask = shift_labels(ids, mask)
-    index = torch.arange(S) * I // S if I else torch.full((S,), NO_IMAGE)
-    mine = image_slice(b * I, groups.tensor_rank, groups.layout.tensor) if groups.is_first_stage else slice(0, 0)
+    index = [torch.arange(S) * I // S if I else torch.full((S,), NO_IMAGE) for I in images]
+    mine = image_slice(N, groups.tensor_rank, groups.layout.tensor) if groups.is_first_stage else slice(0, 0)
     side = config.model.vision.image_size
     return Batch(
         input_ids=ids,
@@ -224,8 +229,8 @@ def largest_batch(config: Config, groups: ProcessGroups, most_images: int) -> Ba
         z_mask=mask.to(torch.float32),
         position_ids=torch.arange(S).expand(b, S).contiguous(),
         pixels=torch.zeros(mine.stop - mine.start, 3, side, side, dtype=torch.uint8),
-        image_index=index.expand(b, S).contiguous(),
-        images_per_row=torch.full((b,), I, dtype=torch.int64),
+        image_index=torch.stack(index),
+        images_per_row=torch.tensor(images, dtype=torch.int64),
         source=(config.data.sources[0].name,) * b,
         pack_ids=torch.zeros(b, dtype=torch.int64),
     )
