@@ -77,6 +77,7 @@ install() {
 }
 
 up_to_date && exit 0
+[ ! -L $venv ] || die "$venv is a link to $(readlink -f $venv), which an installation would empty; remove the link"
 exec 9<tools/setup_env.sh # two `make` at once: the second waits here, then finds the work done
 flock 9
 up_to_date && exit 0
