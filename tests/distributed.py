@@ -190,6 +190,7 @@ def _child(
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
     os.environ.update(
+        ENVIRONMENT,  # a server that somebody else has started does not have it
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
