@@ -35,7 +35,7 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from benchmarks.namespaces import INTERFACE, STOPPING, FakeNodes, undisturbed
 from benchmarks.network_formulas import Microbatches
-from benchmarks.step import OPTIMIZER, RECIPE, SEED, Shape, hf_inputs, make_batch
+from benchmarks.step import OPTIMIZER, RECIPE, SEED, SMALL_VISION, Shape, hf_inputs, make_batch
 from megatron_atum.batch import Batch, image_slice
 from megatron_atum.checkpoint.source import Given
 from megatron_atum.checkpoint.weights import fill
@@ -54,21 +54,7 @@ MODEL = Shape(
         "num_hidden_layers": 8,
         "num_attention_heads": 4,
         "cross_layer_interval": 4,
-        "vision_config": {
-            "embed_dim": 64,
-            "image_size": 56,
-            "patch_size": 14,
-            "intermediate_size": 128,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 2,
-        },
-        "perceiver_config": {
-            "resampler_depth": 1,
-            "resampler_n_heads": 4,
-            "resampler_head_dim": 16,
-            "resampler_n_latents": 8,
-            "qk_layer_norms_perceiver": True,
-        },
+        **SMALL_VISION,
     },
     length=96,
 )

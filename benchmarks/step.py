@@ -88,6 +88,23 @@ RECIPE = {
     "freeze_vision_layers": True,
     "freeze_lm_head": True,
 }
+SMALL_VISION = {
+    "vision_config": {
+        "embed_dim": 64,
+        "image_size": 56,
+        "patch_size": 14,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    },
+    "perceiver_config": {
+        "resampler_depth": 1,
+        "resampler_n_heads": 4,
+        "resampler_head_dim": 16,
+        "resampler_n_latents": 8,
+        "qk_layer_norms_perceiver": True,
+    },
+}
 THIN = Shape(
     hf={
         **RECIPE,
@@ -124,21 +141,7 @@ TINY = Shape(
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "cross_layer_interval": 1,
-        "vision_config": {
-            "embed_dim": 64,
-            "image_size": 56,
-            "patch_size": 14,
-            "intermediate_size": 128,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 2,
-        },
-        "perceiver_config": {
-            "resampler_depth": 1,
-            "resampler_n_heads": 4,
-            "resampler_head_dim": 16,
-            "resampler_n_latents": 8,
-            "qk_layer_norms_perceiver": True,
-        },
+        **SMALL_VISION,
     },
     length=128,
 )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
+from megatron_atum.parallel.device import has_accelerator
+
 _Result = TypeVar("_Result", Tensor, tuple[Tensor, ...])
 
 
@@ -39,4 +41,4 @@ def _compile(function: Callable[..., _Result]) -> Callable[..., _Result]:
 @functools.cache
 def fuses() -> bool:
     """Whether kernels can be generated here."""
-    return torch.cuda.is_available() and has_triton()
+    return has_accelerator() and has_triton()
