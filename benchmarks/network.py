@@ -88,20 +88,18 @@ class Measured:
     """One scheme. Step times are by cap in bytes/s, None without one."""
 
     losses: list[float]  # of the first steps
-    sent: list[int]  # bytes out of each node, in all blocks together
-    steps: int = 0  # in all blocks together
+    sent: list[list[float]] = field(default_factory=list)  # bytes out of each node per step, by block
     seconds: dict[float | None, list[float]] = field(default_factory=dict)  # per step, by block
 
     @property
     def out(self) -> list[float]:
-        """Bytes out of each node per step."""
-        return [sent / self.steps for sent in self.sent]
+        """Bytes out of each node per step: the median, since what TCP sends twice in one block belongs to no scheme."""
+        return [statistics.median(of_node) for of_node in zip(*self.sent, strict=True)]
 
     def add(self, cap: float | None, steps: int, seconds: float, sent: list[int]) -> None:
         """A block of steps."""
-        self.steps += steps
         self.seconds.setdefault(cap, []).append(seconds)
-        self.sent = [before + now for before, now in zip(self.sent, sent, strict=True)]
+        self.sent.append([of_node / steps for of_node in sent])
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def measure(count: int, schemes: Sequence[str], plan: Plan) -> tuple[Link, dict[
             began = time.monotonic()
             running[scheme] = stack.enter_context(started(scheme, nodes, port=29500 + number))
             losses, _ = running[scheme].steps(LOSSES)
-            found[scheme] = Measured(losses, [0] * count)
+            found[scheme] = Measured(losses)
             print(f"{count} nodes: {scheme} is ready after {time.monotonic() - began:.0f} s", file=sys.stderr)
         link = measure_link(nodes, running[schemes[0]], plan)
         for turn in range(plan.rounds):

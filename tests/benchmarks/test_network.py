@@ -149,7 +149,14 @@ def made_up(scheme: str, flat_s: float, per_x: float, link: network.Link, x_byte
     """A scheme that takes so long without a cap and so much longer per x, and sends what the formula says."""
     out = [traffic.moved * 1.01 for traffic in network.formula(scheme, 2)]
     times = {cap: [flat_s + per_x * (x_bytes / cap if cap else 0.0)] * 3 for cap in link.order}
-    return network.Measured([6.0, 5.9], [round(sent * 10) for sent in out], 10, times)
+    return network.Measured([6.0, 5.9], [[*out]], times)
+
+
+def test_a_block_in_which_much_was_sent_twice_does_not_count() -> None:
+    measured = network.Measured([])
+    for sent in ([200, 400], [200, 400], [260, 400]):
+        measured.add(None, 2, 1.0, sent)
+    assert measured.out == [100, 200] and measured.seconds == {None: [1.0] * 3}
 
 
 def test_slopes_slowdowns_and_ratios() -> None:
@@ -245,7 +252,7 @@ def process(tmp_path: Path) -> Iterator[BaseProcess]:
     reason = why_not()
     if reason:
         pytest.skip(f"root: {reason}")
-    small = ["--short", "--without", "deepspeed", "--caps", "1", "--rounds", "1", "--node-gflops", "300"]
+    small = ["--short", "--without", "deepspeed", "--caps", "1", "--rounds", "2", "--node-gflops", "300"]
     process = _server().Process(target=program, args=([*small, "--plot", str(tmp_path / "plot.png")], tmp_path))
     process.start()
     try:
