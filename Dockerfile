@@ -1,35 +1,62 @@
-# megatron_atum on NVIDIA's PyTorch container, which brings torch, CUDA, NCCL, apex and Transformer Engine.
-#   docker build -t megatron-atum --build-arg BASE=IMAGE .
-# IMAGE is a PyTorch image of the NGC catalogue with Python 3.12, under its full name.
+# Megatron-ATUM on NVIDIA's PyTorch image, which brings torch, CUDA, NCCL, Transformer Engine and apex.
+#
+#   docker build -t megatron-atum --build-arg BASE=IMAGE --build-arg EFA_SHA256=DIGEST .
+#
+# IMAGE is a PyTorch image of the NGC catalogue with Python 3.12, under its full name, best with its digest. DIGEST is the
+# SHA-256 of the EFA installer that you have checked; EFA=0 leaves EFA out, for machines that are not AWS's.
+# docs/cluster-runbook.md has the whole way. The steps are scripts of tools/container/.
 ARG BASE
 FROM ${BASE}
 
+# AWS's network: https://efa-installer.amazonaws.com/aws-efa-installer-1.48.0.tar.gz, with its signature beside it (.sig).
+# From 1.47 on the installer brings the plug-in that NCCL needs.
+ARG EFA=1
+ARG EFA_VERSION=1.48.0
+ARG EFA_SHA256=
+ARG EFA_URL=https://efa-installer.amazonaws.com
+
+# The wheel for Python 3.12 on x86-64. setup.py must allow the version.
+ARG MEGATRON_CORE=0.16.1
+ARG MEGATRON_CORE_SHA256=3fb26cb407aa3c4b609c08664022c08146f1648b3d6f2ef2bbe9d3b1294ace61
+
+# SAGEMAKER=1 adds the program that SageMaker starts a container with; Slurm and torchrun do not need it.
+ARG SAGEMAKER=0
+ARG SAGEMAKER_TRAINING=5.1.4
+ARG SAGEMAKER_PYTORCH_TRAINING=3.0.0
+
 WORKDIR /opt/megatron-atum
-COPY setup.py pyproject.toml LICENSE README.md ./
+
+# The plug-in is found here before another of the same name that the base may have.
+ENV LD_LIBRARY_PATH=/opt/amazon/ofi-nccl/lib:/opt/amazon/ofi-nccl/lib/x86_64-linux-gnu:/opt/amazon/efa/lib:${LD_LIBRARY_PATH}
+COPY tools/container/install_efa.sh tools/container/
+RUN sh tools/container/install_efa.sh "${EFA}" "${EFA_VERSION}" "${EFA_SHA256}" "${EFA_URL}"
+
+ENV SAGEMAKER_TRAINING_MODULE=sagemaker_pytorch_container.training:main
+COPY tools/container/install_sagemaker.sh tools/container/
+RUN sh tools/container/install_sagemaker.sh "${SAGEMAKER}" "${SAGEMAKER_TRAINING}" "${SAGEMAKER_PYTORCH_TRAINING}"
+
+# What setup.py wants. The base's torch, Transformer Engine and apex belong together and are held fast. constraints.txt is
+# for CPU machines and is not used.
+COPY tools/container tools/container
+COPY setup.py ./
+COPY megatron_atum/__init__.py megatron_atum/
+RUN sh tools/container/install_requirements.sh "${MEGATRON_CORE}" "${MEGATRON_CORE_SHA256}"
+
+# The repository last: a change of the code builds only from here on.
+COPY pyproject.toml LICENSE README.md pretrain_atum.py ./
 COPY megatron_atum megatron_atum
 COPY tools tools
 COPY examples examples
-COPY pretrain_atum.py ./
+RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
+    && python tools/container/self_check.py --efa "${EFA}" --megatron-core "${MEGATRON_CORE}"
 
-# The container's torch must stay: it is built against the container's CUDA and NCCL. So this package and
-# megatron-core go in without their dependencies, and the rest of setup.py's list, with the extras data and logging, with
-# torch held fast.
-# constraints.txt is for CPU machines and is not used here.
-RUN set -e; \
-    python -c 'import torch; print("torch==" + torch.__version__)' > /tmp/torch.before; \
-    pip install --no-cache-dir --no-deps --no-build-isolation .; \
-    python -c 'import re; from importlib.metadata import requires; \
-        print(*(r.split(";")[0] for r in requires("megatron_atum") if not re.match(r"(torch|megatron-core)\b", r) \
-            and ("extra ==" not in r or re.search("(data|logging).$", r))), sep="\n")' \
-        > /tmp/requirements.txt; \
-    python -c 'from importlib.metadata import requires; \
-        print(*(r for r in requires("megatron_atum") if r.startswith("megatron-core")), sep="\n")' > /tmp/megatron.txt; \
-    pip install --no-cache-dir --no-deps -r /tmp/megatron.txt; \
-    pip install --no-cache-dir -c /tmp/torch.before -r /tmp/requirements.txt; \
-    python -c 'import torch; print("torch==" + torch.__version__)' > /tmp/torch.after; \
-    cmp /tmp/torch.before /tmp/torch.after || { echo "the installation changed torch" >&2; exit 1; }; \
-    python -c 'import megatron.core, megatron_atum, transformers, webdataset'; \
-    rm /tmp/torch.before /tmp/torch.after /tmp/requirements.txt /tmp/megatron.txt
+ARG BASE
+ARG REVISION=
+LABEL org.opencontainers.image.title="Megatron-ATUM" \
+      org.opencontainers.image.description="Flamingo-style vision-language training with 3D parallelism" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE}"
 
 ENTRYPOINT []
 CMD ["bash"]

@@ -1,7 +1,7 @@
 # make help lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types unit test test-faults test-soak demo clean
+.PHONY: help setup lint types unit test test-cluster test-faults test-soak demo clean
 
 export OMP_NUM_THREADS ?= 1
 PYTHON := .venv/bin/python
@@ -24,9 +24,14 @@ unit: setup ## pytest; ARGS="tests/model -k gate" chooses what
 	@echo "== pytest" && $(PYTHON) -m pytest $(ARGS)
 
 test: ## lint, types and all tests
+	@bash tools/setup_cluster_tests.sh
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
 	@$(MAKE) --no-print-directory unit
+
+test-cluster: setup ## real Slurm, SageMaker's toolkit, hadolint, buildah; as root, else it says what was not run
+	@bash tools/setup_cluster_tests.sh
+	@$(MAKE) --no-print-directory unit ARGS="tests/launch $(ARGS)"
 
 test-faults: ## seeded kills and resumes, full disks, damaged checkpoints; SEEDS=n kills n times (24)
 	@$(MAKE) --no-print-directory unit ARGS="tests/faults $(ARGS)"

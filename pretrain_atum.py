@@ -16,31 +16,44 @@ from megatron_atum.config.cli import parse_arguments
 from megatron_atum.config.loader import to_yaml
 from megatron_atum.data.mixture import check_weights
 from megatron_atum.errors import AtumError, DataFailure, HealthFailure
+from megatron_atum.launch.environment import prepare
+from megatron_atum.launch.sagemaker import arguments, kept, report_failure
+from megatron_atum.launch.slurm import rank_variables
 from megatron_atum.parallel.layout import ParallelLayout
-
-WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))  # as torchrun sets them
 
 
 def main() -> int:
-    config, dry_run = parse_arguments(__doc__ or "")
+    config, dry_run = parse_arguments(__doc__ or "", arguments(sys.argv[1:]))
     check_weights(config.data.sources, config.data.mixture)
+    os.environ.update(kept(os.environ))
+    os.environ.update(rank_variables(os.environ))  # of torchrun's workers there are some already
+    notes = prepare(os.environ)
+    world_size, rank = number("WORLD_SIZE", 1), number("RANK", 0)
     if dry_run:
         if "WORLD_SIZE" in os.environ:
-            ParallelLayout.from_config(config, WORLD_SIZE)
-        if RANK == 0:
+            ParallelLayout.from_config(config, world_size)
+        if rank == 0:
             print(to_yaml(config), end="")
         return 0
-    # Imported only now: --help and --dry-run answer at once.
+    if rank == 0:
+        for note in notes:
+            print(f"environment: {note}", flush=True)
+    # Imported only now: --help and --dry-run answer at once, and torch starts in the environment prepared above.
     from megatron_atum.training.run import train
 
-    return train(config, WORLD_SIZE, RANK)
+    return train(config, world_size, rank)
+
+
+def number(variable: str, default: int) -> int:
+    return int(os.environ.get(variable, default))
 
 
 def leave(error: Exception, code: int) -> None:
     """No tear-down: ranks may be in different places."""
-    if RANK:  # usually all ranks find the same, and rank 0 tells it
+    if number("RANK", 0):  # usually all ranks find the same, and rank 0 tells it
         time.sleep(2)
     print(f"pretrain_atum: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    report_failure(f"{type(error).__name__}: {error}", os.environ)
     os._exit(code)
 
 

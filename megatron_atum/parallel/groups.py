@@ -83,10 +83,15 @@ def keep_flight_record(folder: Path) -> None:
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made ({error}); set logging.root to a folder that can") from None
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    for prefix in ("TORCH_FR", "TORCH_NCCL_TRACE"):  # the second is how older torch calls it
-        os.environ.setdefault(f"{prefix}_BUFFER_SIZE", "2000")  # 0 would record nothing
-    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-        os.environ.setdefault(name, str(folder / "nccl-flight-record-rank-"))
+    settings = {
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",  # 0 would record nothing
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(folder / "nccl-flight-record-rank-"),
+    }
+    # All names of torch 2.9 and later begin with TORCH_FR. It knows the older ones too, and warns of them.
+    older = torch.__version__ < "2.9"
+    for names, value in settings.items():
+        if not any(name in os.environ for name in names):  # else the user's value would not count
+            os.environ[names[older]] = value
 
 
 def start_distributed(timeout_s: float = TIMEOUT_S) -> None:

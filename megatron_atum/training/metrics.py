@@ -131,7 +131,7 @@ class Terminal:
 
 
 def _speed(values: dict[str, Any]) -> str:
-    speed = f"{values['tokens_per_s_per_device']:,.0f} tokens/s/device"
+    speed = f"{values['tokens_per_s_per_device']:.0f} tokens/s/device"
     return f"{speed}  MFU {values['mfu']:.1%}" if "mfu" in values else speed
 
 

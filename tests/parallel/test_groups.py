@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
 from megatron_atum.config.schema import ModelConfig
-from megatron_atum.parallel.groups import build_groups
+from megatron_atum.parallel.groups import build_groups, keep_flight_record
 from megatron_atum.parallel.layout import ParallelLayout
 from tests.distributed import run_distributed
 from tests.layouts import Degrees
@@ -74,3 +78,33 @@ def test_groups_are_those_of_the_layout() -> None:
             assert result["alone"] == (1, [rank], degrees.data), name
             assert result["stage"] == (p == 0, p == degrees.pipeline - 1), name
             assert result["chunks"] == list(range(p, degrees.pipeline * degrees.virtual, degrees.pipeline)), name
+
+
+@pytest.mark.parametrize(
+    ("version", "set_before", "expected"),
+    [
+        ("2.13.0", {}, {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": "FILE"}),
+        ("2.8.0", {}, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "FILE"}),
+        (
+            "2.13.0",
+            {"TORCH_NCCL_TRACE_BUFFER_SIZE": "5000"},
+            {"TORCH_NCCL_TRACE_BUFFER_SIZE": "5000", "TORCH_FR_DUMP_TEMP_FILE": "FILE"},
+        ),
+        (
+            "2.13.0",
+            {"TORCH_FR_DUMP_TEMP_FILE": "mine"},
+            {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": "mine"},
+        ),
+    ],
+)
+def test_flight_record(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, set_before: dict[str, str], expected: dict[str, str]
+) -> None:
+    """Under the names that this torch does not warn of, and never over the user's under another name."""
+    monkeypatch.setattr(os, "environ", dict(set_before))
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    keep_flight_record(tmp_path / "logs")
+    file = str(tmp_path / "logs" / "nccl-flight-record-rank-")
+    wanted = {name: file if value == "FILE" else value for name, value in expected.items()}
+    assert os.environ == {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", **wanted}
