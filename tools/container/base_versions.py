@@ -7,6 +7,7 @@ Ends with exit code 1 where one of them is missing. Needs the standard library o
 
 from __future__ import annotations
 
+import argparse
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -14,6 +15,7 @@ HELD = ("torch", "transformer_engine", "apex")  # built against each other, and 
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     lines, missing = [], []
     for package in HELD:
         try:

@@ -8,6 +8,7 @@ MEGATRON_CORE. Ends with exit code 1 where setup.py does not allow that version.
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import sys
 from typing import Any
@@ -32,8 +33,11 @@ def declared(setup_py: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    setup_py, core = sys.argv[1:]
-    setup = declared(setup_py)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("setup_py")
+    parser.add_argument("megatron_core")
+    arguments = parser.parse_args()
+    core, setup = arguments.megatron_core, declared(arguments.setup_py)
     wanted = [*setup["install_requires"], *(line for extra in EXTRAS for line in setup["extras_require"][extra])]
     for requirement in map(Requirement, wanted):
         if requirement.name == "megatron-core" and not requirement.specifier.contains(core):
