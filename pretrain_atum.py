@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 4 pretrain_atum.py --config examples/tiny/pretrain.yaml \\
         parallel.tensor=2 parallel.pipeline=2
 
-Exit codes: 0 done, or stopped by RUN/stop; 2 bad configuration, data or checkpoint; 85 stopped by SIGTERM or SIGUSR1
-after a complete checkpoint: start it again to go on; anything else is a failure.
+Exit codes: 0 done, or stopped by RUN/stop; 2 bad configuration, data or checkpoint; 3 numbers or weights are such that
+somebody must look before it goes on; 85 stopped by SIGTERM or SIGUSR1 after a complete checkpoint: start it again to go
+on; anything else is a failure.
 """
 
 import os
@@ -15,9 +16,9 @@ import traceback
 from megatron_atum.config.cli import parse_arguments
 from megatron_atum.config.loader import to_yaml
 from megatron_atum.data.mixture import check_weights
-from megatron_atum.errors import AtumError, DataFailure, HealthFailure
+from megatron_atum.errors import AtumError, DataFailure, HealthFailure, report_failure
 from megatron_atum.launch.environment import prepare
-from megatron_atum.launch.sagemaker import arguments, kept, report_failure
+from megatron_atum.launch.sagemaker import arguments, kept
 from megatron_atum.launch.slurm import rank_variables
 from megatron_atum.parallel.layout import ParallelLayout
 
@@ -27,7 +28,7 @@ def main() -> int:
     check_weights(config.data.sources, config.data.mixture)
     os.environ.update(kept(os.environ))
     os.environ.update(rank_variables(os.environ))  # of torchrun's workers there are some already
-    notes = prepare(os.environ)
+    notes = prepare(os.environ)  # of this rank
     world_size, rank = number("WORLD_SIZE", 1), number("RANK", 0)
     if dry_run:
         if "WORLD_SIZE" in os.environ:
@@ -35,9 +36,8 @@ def main() -> int:
         if rank == 0:
             print(to_yaml(config), end="")
         return 0
-    if rank == 0:
-        for note in notes:
-            print(f"environment: {note}", flush=True)
+    for note in notes:
+        print(f"environment: {note}", flush=True)
     # Imported only now: --help and --dry-run answer at once, and torch starts in the environment prepared above.
     from megatron_atum.training.run import train
 
@@ -62,7 +62,9 @@ if __name__ == "__main__":
         exit_code = main()
     except AtumError as error:
         leave(error, 2)
-    except (DataFailure, HealthFailure) as error:
+    except HealthFailure as error:
+        leave(error, 3)
+    except DataFailure as error:
         leave(error, 1)
     except Exception as error:  # of this rank alone, or of a collective that another rank fell out of
         traceback.print_exc()

@@ -41,7 +41,6 @@ if TYPE_CHECKING:  # torch is imported only when its variables are set
 
 MIB = 2**20
 RANKS = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAST_WORDS_S = 10.0  # for the others to tell what they know when one hangs
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,10 +75,8 @@ def main() -> int:
         return start_here()
     if missing := [name for name in RANKS if name not in os.environ]:
         raise ConfigError(f"RANK is set, but not {', '.join(missing)}; start with srun or torchrun, or unset RANK")
-    notes = prepare(os.environ)
-    if os.environ["RANK"] == "0":
-        for note in notes:
-            print(f"environment: {note}", flush=True)
+    for note in prepare(os.environ):
+        print(f"environment: {note}", flush=True)
     Check(options, expected).run()
 
 
@@ -149,6 +146,7 @@ class Check:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.is_first_of_host = self.rank % int(os.environ["LOCAL_WORLD_SIZE"]) == 0
         self.results = Results()
+        self.last_words_s = min(10.0, options.timeout / 4)  # for the others to tell what they know when one hangs
         self.nodes: list[Node] = []
         self.lines: list[Line] = []  # of rank 0, as far as they are known
         self.facts: dict[int, Facts] = {}
@@ -196,6 +194,7 @@ class Check:
         from megatron_atum.launch.check_host import (
             efa_line,
             gpus_of,
+            limit_line,
             nodes_of,
             process_line,
             version_line,
@@ -217,6 +216,7 @@ class Check:
             *gpu_lines(gpus, visible, {node.label: len(node.ranks) for node in nodes}, self.expected),
             *([blind] if blind else []),
             xid_line({label: one.kernel for label, one in hosts.items()}, gpus=any(visible.values())),
+            limit_line(hosts, self.world_size),
             efa_line({label: one.fabric for label, one in hosts.items()}),
         ]
         can_go_on = processes.status != FAILED and blind is None
@@ -288,7 +288,7 @@ class Check:
         print(f"check_cluster: {still}", file=sys.stderr, flush=True)
         if not self.has_measured:  # else there are no numbers of the storage, which says enough
             self.results.problem = still
-        self._finish(exchange, LAST_WORDS_S)
+        self._finish(exchange, self.last_words_s)
 
     # The end ----------------------------------------------------------------------------------------------------------
 
@@ -302,12 +302,12 @@ class Check:
         exchange.tell("results", self.results)
         results: dict[int, Results] = {}
         if self.rank == 0:
-            results = exchange.heard("results", timeout_s + LAST_WORDS_S, self.facts)
+            results = exchange.heard("results", timeout_s + self.last_words_s, self.facts)
             found = self._report(results)
             print(json.dumps(found), flush=True)
             # Last: when the others end with code 1, the launcher may end this process too.
             exchange.announce("code", int(found["result"] == FAILED))
-        code = exchange.announced("code", 2 * (timeout_s + LAST_WORDS_S))
+        code = exchange.announced("code", 2 * (timeout_s + self.last_words_s))
         if code is None:
             print(f"check_cluster: rank {self.rank}: rank 0 is gone", file=sys.stderr, flush=True)
         else:

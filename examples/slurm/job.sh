@@ -15,22 +15,45 @@ newest_checkpoint() {
     find "$ATUM_RUN/checkpoints" -maxdepth 2 -path '*/step-????????/complete.json' "$@" -printf '%h\n' | sort | tail -n 1
 }
 
+# As a value of YAML, whatever is in it.
+quoted() {
+    printf "'%s'" "${1//\'/\'\'}"
+}
+
+# A command that fails while slurmctld does not answer.
+patiently() {
+    local attempt
+    for attempt in 1 2 3 4 5 6; do
+        "$@" && return
+        [[ $attempt == 6 ]] || sleep "${ATUM_PATIENCE:-20}"
+    done
+    return 1
+}
+
 start_ranks() {
+    # What Slurm has taken over from the shell of sbatch: limits too low for hundreds of ranks, and ranks of another run.
+    ulimit -n "$(ulimit -Hn)" || true
+    ulimit -l unlimited 2>/dev/null || true # EFA pins memory; tools/check_cluster.py looks at it
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
     # When a rank has ended, all others end within a minute and say why; srun waits for that.
     # Neighbouring ranks share a node, and on it a socket, as neighbouring GPUs do.
     local options=(
-        --kill-on-bad-exit=0 --wait=120
+        --export=ALL --kill-on-bad-exit=0 --wait=120
         --distribution=block:block --cpu-bind=cores --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}"
         --output="$ATUM_RUN/logs/rank-%t.log" --open-mode=append
     )
     if [[ $ATUM_IMAGE ]]; then
-        options+=(--container-image="$ATUM_IMAGE" --container-mounts="$ATUM_MOUNTS" --container-workdir="$PWD")
+        options+=(
+            --container-image="$ATUM_IMAGE" --container-mounts="$ATUM_MOUNTS" --container-workdir="$PWD"
+            # Else values of the image would count more than those that are set here.
+            --container-env="$(compgen -e | grep -E '^(ATUM|NCCL|FI|OFI_NCCL|TORCH|GLOO|OMP|MASTER|CUDA_DEVICE)_' | paste -sd,)"
+        )
     fi
-    if [[ -d /opt/sagemaker_cluster ]]; then # HyperPod: replaces a broken node and starts the step again
+    if [[ -d /opt/sagemaker_cluster ]]; then # HyperPod: replaces a broken node and starts again
         options+=(--auto-resume=1)
     fi
     srun "${options[@]}" "$ATUM_PYTHON" pretrain_atum.py --config "$ATUM_CONFIG" "$@" \
-        logging.root="$(dirname "$ATUM_RUN")" logging.run="$(basename "$ATUM_RUN")" &
+        logging.root="$(quoted "$(dirname "$ATUM_RUN")")" logging.run="$(quoted "$(basename "$ATUM_RUN")")" &
     srun=$!
 }
 
@@ -65,13 +88,14 @@ end() {
 
 # Start the job again, or say why not.
 decide() {
+    local logs="$ATUM_RUN/logs/rank-*.log say" job state newest
     case $code in
     0) end "done, or stopped by $ATUM_RUN/stop" ;;
-    2) end "not started again, as configuration, data or checkpoint are to be mended; $ATUM_RUN/logs/rank-*.log say what" ;;
+    2) end "not started again, as configuration, data or checkpoint are to be mended; $logs what" ;;
+    3) end "not started again, as somebody must look at its numbers first; $logs what is wrong" ;;
     85) asked=${asked:-signal} ;;
     esac
-    local job state newest
-    job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    job=$(patiently scontrol show job --oneliner "$SLURM_JOB_ID") || end "not started again, as slurmctld does not answer"
     state=$(grep -o 'JobState=[A-Z_]*' <<<"$job" || true)
     if [[ $state != JobState=RUNNING ]]; then
         end "Slurm has ended the job (${state#*=}): it was cancelled, is at its time limit, or has lost a node"
@@ -79,19 +103,28 @@ decide() {
     if [[ $job =~ PreemptTime=[0-9] ]]; then # some versions of Slurm tell only the ranks
         asked=preemption
     fi
-    if [[ $asked ]]; then
-        newest=$(newest_checkpoint)
-    else
-        newest=$(newest_checkpoint -newer "$started")
-    fi
+    newest=$(newest_checkpoint) || true
     if [[ ! $newest ]]; then
-        end "not started again, as no checkpoint was completed since this start; $ATUM_RUN/logs/rank-*.log say what failed"
+        end "not started again, as there is no complete checkpoint; $logs what failed"
+    fi
+    if ! count_failures; then
+        end "not started again, as $failures starts in a row failed and completed no checkpoint; $logs what failed"
     fi
     if ((restarts >= ATUM_RESTARTS)); then
         end "not started again, as this was restart $restarts of ATUM_RESTARTS=$ATUM_RESTARTS"
     fi
     say "exit code $code: restart $((restarts + 1)) of at most $ATUM_RESTARTS follows, from ${newest##*/}"
-    scontrol requeue "$SLURM_JOB_ID"
+    patiently scontrol requeue "$SLURM_JOB_ID" || end "not started again, as slurmctld does not answer"
+}
+
+# Starts in a row that failed by themselves and completed no checkpoint: they may fail at the same place for ever.
+count_failures() {
+    failures=0
+    if [[ ! $asked && ! $(newest_checkpoint -newer "$started") ]]; then
+        failures=$(($(cat "$failed" 2>/dev/null || echo 0) + 1))
+    fi
+    echo "$failures" >"$failed"
+    ((failures <= ATUM_RETRIES))
 }
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -103,8 +136,9 @@ if ((restarts > ATUM_RESTARTS)); then # started again by Slurm, as after the los
     end "not started, as this would be restart $restarts of ATUM_RESTARTS=$ATUM_RESTARTS"
 fi
 mkdir -p "$ATUM_RUN/logs"
-started=$ATUM_RUN/logs/slurm-started
+started=$ATUM_RUN/logs/slurm-started failed=$ATUM_RUN/logs/slurm-failed
 touch "$started"
+((restarts)) || rm -f "$failed" # of an earlier job
 say "start $restarts on $SLURM_JOB_NODELIST, run folder $ATUM_RUN"
 start_ranks "$@"
 wait_for_ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from megatron_atum.errors import first_line, listed
 from megatron_atum.launch.check_gpus import GpuReport, KernelLog, ask_gpus, ask_kernel
 from megatron_atum.launch.check_report import FAILED, NOT_CHECKED, OK, WARNING, Expected, Line, Node, spread
 from megatron_atum.launch.environment import Platform, detect, dotted
+from megatron_atum.parallel.limits import files_needed
 
 PACKAGES = ("megatron_atum", "megatron-core", "transformer-engine", "apex")
 FI_INFO = "/opt/amazon/efa/bin/fi_info"
@@ -43,6 +45,8 @@ class Facts:
     local_size: int
     devices: int  # GPUs that torch sees
     versions: dict[str, str]
+    open_files: int = -1  # that it may have, as hard limit; -1 unlimited
+    pinned_kib: int = -1  # of memory
     # Of the host, told by one process of each:
     gpus: GpuReport | None = None
     kernel: KernelLog = field(default_factory=KernelLog)
@@ -57,10 +61,16 @@ def gather_facts(devices: int, versions: Mapping[str, str], *, of_host: bool) ->
         local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
         devices=devices,
         versions={"Python": platform.python_version(), **versions, **_packages()},
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+        pinned_kib=_kib(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
     )
     if not of_host:
         return facts
     return Facts(**{**vars(facts), "gpus": ask_gpus(), "kernel": ask_kernel(), "fabric": ask_fabric()})
+
+
+def _kib(size: int) -> int:
+    return size if size == resource.RLIM_INFINITY else size // 1024
 
 
 def _packages() -> dict[str, str]:
@@ -199,9 +209,30 @@ def clock_line(offsets: Mapping[str, tuple[float, float]], missing: Sequence[str
     return Line(name, status, found, "" if status == OK else "let chrony set the clocks (chronyc tracking)")
 
 
+def limit_line(hosts: Mapping[str, Facts], world_size: int) -> Line:
+    """Args: hosts: one process of each."""
+    name = "limits"
+    found = spread({label: f"{_count(one.open_files)} open files" for label, one in hosts.items()})
+    found += "; memory that may be pinned: " + spread({label: _count(one.pinned_kib) for label, one in hosts.items()})
+    few = [label for label, one in hosts.items() if 0 <= one.open_files < files_needed(world_size)]
+    if few:
+        advice = (
+            f"{world_size} ranks need {files_needed(world_size)} files: raise the hard limit (LimitNOFILE of slurmd)"
+        )
+        return Line(name, FAILED, found, f"{advice} on {listed(few, 3)}")
+    small = [label for label, one in hosts.items() if one.pinned_kib >= 0 and one.fabric.platform.efa_devices]
+    if small:
+        return Line(name, FAILED, found, f"EFA pins memory: ulimit -l unlimited (LimitMEMLOCK) on {listed(small, 3)}")
+    return Line(name, OK, found)
+
+
+def _count(limit: int) -> str:
+    return "unlimited" if limit < 0 else str(limit)
+
+
 def efa_line(fabrics: Mapping[str, Fabric]) -> Line:
-    """Args: by host."""
-    name = "EFA"
+    """Args: by host. A host by itself needs no network."""
+    name, bad = "EFA", FAILED if len(fabrics) > 1 else WARNING
     if not any(fabric.platform.efa for fabric in fabrics.values()):
         return Line(name, NOT_CHECKED, "no such device, no such instance type")
     found = spread({label: _fabric_text(fabric) for label, fabric in fabrics.items()})
@@ -210,9 +241,9 @@ def efa_line(fabrics: Mapping[str, Fabric]) -> Line:
     few = [label for label, fabric in fabrics.items() if counts[label] < _expected(fabric)]
     if lacks or few or len(set(counts.values())) > 1:
         advice = "all EFA interfaces must be attached when the instance is launched"
-        return Line(name, FAILED, found, f"{advice}: too few on {listed(lacks or few or list(counts), 3)}")
+        return Line(name, bad, found, f"{advice}: too few on {listed(lacks or few or list(counts), 3)}")
     if not all(fabric.platform.has_verbs for fabric in fabrics.values()):
-        return Line(name, FAILED, found, "start the container with --device=/dev/infiniband")
+        return Line(name, bad, found, "start the container with --device=/dev/infiniband")
     if any(fabric.problem for fabric in fabrics.values()):
         advice = "fi_info -p efa must list the devices: install libfabric with the EFA installer, in the image too"
         return Line(name, WARNING, found, advice)

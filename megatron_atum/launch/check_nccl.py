@@ -25,6 +25,7 @@ class NcclLog:
     channels: int = 0  # to other nodes
     direct_channels: int = 0  # of them, from and to the GPU's memory (GPUDirect RDMA)
     warnings: tuple[str, ...] = ()
+    failure: str = ""  # of the network that it was told to use
 
     @property
     def summary(self) -> str:
@@ -48,13 +49,16 @@ def read_log(text: str) -> NcclLog:
         protocol=_last(r"NET/OFI Using transport protocol (\w+)", text)[0],
         channels=len(channels),
         direct_channels=sum(bool(direct) for _, direct in channels),
+        failure=_last(
+            r"NCCL (?:INFO|WARN) (Failed to initialize any NET plugin|.*[Nn]etwork .*not found.*?)\s*$", text
+        )[0],
         warnings=tuple(dict.fromkeys(re.findall(r"NCCL WARN (.*?)\s*$", text, re.MULTILINE))),
     )
 
 
 def _last(pattern: str, text: str) -> tuple[str, str]:
     """The groups of the last match, filled up to two."""
-    found = list(re.finditer(pattern, text))
+    found = list(re.finditer(pattern, text, re.MULTILINE))
     groups = [group or "" for group in found[-1].groups()] if found else []
     first, second = (*groups, "", "")[:2]
     return first, second
@@ -72,6 +76,7 @@ def network_line(logs: Mapping[str, NcclLog], *, efa: bool, several_nodes: bool)
     parts = [f"NCCL {' and '.join(versions)}"] if versions else []
     parts.append(spread({label: log.summary for label, log in logs.items()}))
     parts += [f"GPUDirect on {direct} of {channels} channels to other nodes"] if channels else []
+    parts += [f"NCCL fails: {failure}" for failure in dict.fromkeys(log.failure for log in logs.values()) if failure]
     parts += [f"NCCL warns: {listed(warnings, 3, '; ')}"] if warnings else []
     status, advice = _judged(list(logs.values()), efa, several_nodes)
     if len({log.network for log in logs.values()}) > 1 or len(versions) > 1:
@@ -79,15 +84,21 @@ def network_line(logs: Mapping[str, NcclLog], *, efa: bool, several_nodes: bool)
     return Line(name, WARNING if status == OK and warnings else status, "; ".join(parts), advice)
 
 
+_NO_EFA = (
+    "EFA is there, and NCCL uses TCP or nothing between nodes: the image needs libfabric and aws-ofi-nccl (EFA "
+    "installer) on its library path, the container --device=/dev/infiniband, the security group all traffic from and "
+    "to itself"
+)
+
+
 def _judged(logs: list[NcclLog], efa: bool, several_nodes: bool) -> tuple[str, str]:
+    if any(log.failure for log in logs):
+        return FAILED, _NO_EFA
     if any(not log.network for log in logs):
         return WARNING, "NCCL's log does not say which network it uses; run with NCCL_DEBUG=INFO and look for NET/"
     on_tcp = [log for log in logs if log.network == "Socket" or log.provider in ("tcp", "sockets")]
     if on_tcp and efa:
-        return FAILED, (
-            "EFA is there, and NCCL uses TCP: the image needs libfabric and aws-ofi-nccl (EFA installer) on its "
-            "library path, the container --device=/dev/infiniband, the security group all traffic from and to itself"
-        )
+        return FAILED if several_nodes else WARNING, _NO_EFA
     if on_tcp and several_nodes:
         return WARNING, "NCCL uses TCP between nodes; a fast network needs its driver and plug-in in the image"
     if efa and any(log.provider != "efa" for log in logs):

@@ -1,18 +1,21 @@
 """Which variables of NCCL, EFA and torch a process runs with, by platform; `POLICY` is all of it.
 
-    notes = prepare(os.environ)    # before torch is imported
+    for note in prepare(os.environ):    # before torch is imported
+        print(note)
 
 What the user has set stays. SageMaker's training toolkit forces some variables on every job; with its own value they
 are removed, unless the job's environment has them too (launch/sagemaker.py). Names in ATUM_KEEP_ENV, separated by
 commas, are left alone altogether. Imports no torch.
 
 Sources: [EFA] AWS's efa-cheatsheet.md (github.com/aws-samples/awsome-distributed-training, 1.architectures);
-[toolkit] torch_distributed.py of sagemaker-training 5.1.4; [torch] ProcessGroupNCCL.hpp of torch 2.13.
+[toolkit] torch_distributed.py of sagemaker-training 5.1.4; [torch] ProcessGroupNCCL.hpp of torch 2.13; [plugin]
+nvidia_plugin_name_fixup of aws-ofi-nccl, and the plug-in's name up to 1.11.
 """
 
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -37,13 +40,17 @@ class Platform:
     efa_devices: tuple[str, ...] = ()  # as the kernel names them
     has_verbs: bool = False  # /dev/infiniband, through which they are used, is there too
     asks_for_efa: bool = False  # FI_PROVIDER=efa came from outside
+    several_nodes: bool = False
+    no_plugin: bool = False  # NCCL_NET_PLUGIN=none came from outside
     sagemaker: bool = False
+    interface: str = ""  # of the network, as SageMaker names it
     slurm: bool = False  # srun started this rank and others on this node
     plugin: Version | None = None  # of aws-ofi-nccl, where it can be found out
     installer: Version | None = None  # of EFA's installer
 
     @property
     def efa(self) -> bool:
+        """Whether there is EFA, or should be."""
         return bool(self.efa_devices) or self.asks_for_efa or bool(EFA_INSTANCES.fullmatch(self.instance))
 
     def plugin_before(self, *version: int) -> bool:
@@ -56,7 +63,7 @@ class Setting:
 
     does: str  # set: unless it is set; remove: if it has this value; warn: if it has any other than this value
     name: str  # for warn also a pattern
-    value: str
+    value: str  # {interface} is the platform's
     where: Callable[[Platform], bool]
     why: str
     older_name: str = ""  # under which the user may have set it
@@ -68,6 +75,10 @@ def _on_efa(platform: Platform) -> bool:
 
 def _on_gpus(platform: Platform) -> bool:
     return platform.gpus
+
+
+def _between_nodes(platform: Platform) -> bool:
+    return platform.efa and platform.several_nodes
 
 
 def _everywhere(_: Platform) -> bool:
@@ -103,7 +114,29 @@ POLICY = (
         "FI_PROVIDER",
         "efa",
         _on_efa,
-        "libfabric must fail loudly where EFA does not work, not offer NCCL its TCP provider [EFA]",
+        "libfabric must not offer NCCL its TCP provider where EFA does not work [EFA]",
+    ),
+    Setting(
+        "set",
+        "NCCL_NET",
+        "AWS Libfabric",
+        lambda p: p.several_nodes and bool(p.efa_devices) and p.has_verbs and not p.no_plugin,
+        "NCCL must end where its plug-in for EFA is missing or fails, not go over TCP; every version of the plug-in "
+        "answers to this name [plugin]",
+    ),
+    Setting(
+        "set",
+        "NCCL_SOCKET_IFNAME",
+        "^lo,docker,veth",
+        _between_nodes,
+        "NCCL must not start its connections at bridges of containers [EFA]",
+    ),
+    Setting(
+        "set",
+        "GLOO_SOCKET_IFNAME",
+        "{interface}",
+        lambda p: bool(p.interface),
+        "gloo takes the address of the host's own name, which in SageMaker's containers may be that of the loopback",
     ),
     Setting(
         "set",
@@ -134,6 +167,14 @@ POLICY = (
         "a collective that fails or is late ends the process, without waiting for NCCL's own clean-up, which may hang "
         "[torch]",
         older_name="NCCL_ASYNC_ERROR_HANDLING",
+    ),
+    Setting(
+        "set",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",
+        "3600",
+        _on_gpus,
+        "torch's own monitor must not end a rank before health.start_timeout_s and step_timeout_s, whose message says "
+        "which rank to look at [torch]",
     ),
     Setting(
         # parallel/groups.py does the same for programs that do not call `prepare`.
@@ -185,18 +226,21 @@ def prepare(environ: MutableMapping[str, str], platform: Platform | None = None)
         platform: what `detect` finds.
 
     Returns:
-        lines to be shown: what was set or removed, what of the user's is left as it is, and why.
+        lines that this rank shows. Rank 0: what was set or removed, what of the user's is left as it is, and why; the
+        first rank of each node what no variable can mend there.
     """
     platform = detect(environ) if platform is None else platform
     kept = [name.strip() for name in environ.get(KEEP, "").split(",") if name.strip()]
-    lines = [line for setting in POLICY if setting.where(platform) for line in _apply(setting, environ, kept)]
+    lines = [line for row in POLICY if row.where(platform) for line in _apply(row, environ, kept, platform)]
     for name in kept:
         if not any(fnmatchcase(name, setting.name) for setting in POLICY):
             lines.append(f"{KEEP} names {name}, which is never touched")
-    return lines + _remarks(platform)
+    lines = lines if environ.get("RANK", "0") == "0" else []
+    remarks = [f"{socket.gethostname()}: {remark}" for remark in _remarks(platform)]
+    return lines + (remarks if environ.get("LOCAL_RANK", "0") == "0" else [])
 
 
-def _apply(setting: Setting, environ: MutableMapping[str, str], kept: list[str]) -> list[str]:
+def _apply(setting: Setting, environ: MutableMapping[str, str], kept: list[str], platform: Platform) -> list[str]:
     if setting.does == "warn":
         found = [name for name in sorted(environ) if fnmatchcase(name, setting.name) and name not in kept]
         return [
@@ -209,21 +253,21 @@ def _apply(setting: Setting, environ: MutableMapping[str, str], kept: list[str])
     value = environ.get(setting.name)
     if setting.does == "remove":
         is_of_toolkit = value == setting.value and OF_THE_JOB + setting.name not in environ
-        return _remove(setting, environ) if is_of_toolkit else []
+        return _remove(setting, environ, platform) if is_of_toolkit else []
+    wanted = setting.value.format(interface=platform.interface)
     if value is None and setting.older_name in environ:
         return []  # said by its own row
     if value is None:
-        environ[setting.name] = setting.value
-        return [f"{setting.name}={setting.value}: {setting.why}"]
-    same = value == setting.value
-    return [] if same else [f"{setting.name}={value} was set from outside and stays, instead of {setting.value}"]
+        environ[setting.name] = wanted
+        return [f"{setting.name}={wanted}: {setting.why}"]
+    return [] if value == wanted else [f"{setting.name}={value} was set from outside and stays, instead of {wanted}"]
 
 
-def _remove(setting: Setting, environ: MutableMapping[str, str]) -> list[str]:
+def _remove(setting: Setting, environ: MutableMapping[str, str], platform: Platform) -> list[str]:
     del environ[setting.name]
     return [
-        f"{setting.name}={setting.value} of the SageMaker toolkit removed: {setting.why}; "
-        f"{KEEP}={setting.name} would keep it"
+        f"{setting.name}={setting.value} of the SageMaker toolkit removed: {setting.why}; aws-ofi-nccl's version is "
+        f"{dotted(platform.plugin)}, {KEEP}={setting.name} would keep it"
     ]
 
 
@@ -232,16 +276,17 @@ def _remarks(platform: Platform) -> list[str]:
     remarks = []
     if platform.plugin_before(1, 6) and platform.efa:
         remarks.append(f"aws-ofi-nccl {dotted(platform.plugin)} is too old to run without NCCL_PROTO=simple: update it")
+    if not platform.several_nodes:
+        return remarks
     if platform.efa and not platform.efa_devices:
-        where = platform.instance or "FI_PROVIDER=efa"
         remarks.append(
-            f"{where}, but no EFA device is in /sys/class/infiniband: NCCL will use TCP. All EFA interfaces must be "
-            "attached when the instance is launched"
+            "no EFA device is in /sys/class/infiniband: between nodes NCCL can only use TCP. All EFA interfaces must "
+            "be attached when the instance is launched"
         )
     elif platform.efa_devices and not platform.has_verbs:
         remarks.append(
-            "there are EFA devices, but no /dev/infiniband/uverbs*: NCCL will use TCP. Start the container with "
-            "--device=/dev/infiniband"
+            "there are EFA devices, but no /dev/infiniband/uverbs*: between nodes NCCL can only use TCP. Start the "
+            "container with --device=/dev/infiniband"
         )
     return remarks
 
@@ -256,11 +301,20 @@ def detect(environ: MutableMapping[str, str], root: Path = Path("/")) -> Platfor
         efa_devices=_efa_devices(root / "sys/class/infiniband"),
         has_verbs=any((root / "dev/infiniband").glob("uverbs*")),
         asks_for_efa=environ.get("FI_PROVIDER") == "efa",
+        several_nodes=_number(environ, "WORLD_SIZE") > _number(environ, "LOCAL_WORLD_SIZE"),
+        no_plugin=environ.get("NCCL_NET_PLUGIN") == "none",
+        interface=environ.get("SM_NETWORK_INTERFACE_NAME", ""),
         sagemaker="SM_CURRENT_HOST" in environ or "TRAINING_JOB_NAME" in environ,
         slurm="SLURM_STEP_ID" in environ and environ.get("LOCAL_WORLD_SIZE", "1") != "1",
         plugin=_plugin_version(environ.get("NCCL_NET_PLUGIN", ""), packages),
         installer=version_in(packages, r"EFA installer version: *"),
     )
+
+
+def _number(environ: MutableMapping[str, str], name: str) -> int:
+    """Of ranks. A launcher that tells no LOCAL_WORLD_SIZE starts one on each node."""
+    value = environ.get(name, "1")
+    return int(value) if value.isdecimal() else 1
 
 
 def _efa_devices(folder: Path) -> tuple[str, ...]:

@@ -29,12 +29,13 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
         environ: of this process.
 
     Returns:
-        Empty if srun did not start this process, or if it has a RANK already, as torchrun's workers have.
+        Empty if srun did not start this process, or if it has a RANK already, as torchrun's workers have. One that
+        enroot's hook has set (50-slurm-pytorch.sh, in images with PyTorch) is completed.
 
     Raises:
         ConfigError: Slurm's variables contradict each other, as they do where some are left over from another job.
     """
-    if "RANK" in environ or not _is_task(environ):
+    if not _is_task(environ) or ("RANK" in environ and not _is_of_a_hook(environ)):
         return {}
     rank, size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
     local_rank, local_size = _number(environ, "SLURM_LOCALID"), _local_size(environ, size)
@@ -49,7 +50,7 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": "0" if sees_one_gpu else str(local_rank),
         "LOCAL_WORLD_SIZE": str(local_size),
         "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(_nodes(environ)),
-        "MASTER_PORT": environ.get("MASTER_PORT") or str(port_of(_number(environ, "SLURM_JOB_ID"))),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(_port(environ)),
     }
 
 
@@ -64,15 +65,27 @@ def first_host(nodelist: str) -> str:
     return host
 
 
-def port_of(job: int) -> int:
-    """Where rank 0 of a job listens. Jobs that share a host are near each other in number, so their ports differ."""
-    return _FIRST_PORT + job % _PORTS
+def port_of(job: int, step: int, restart: int) -> int:
+    """Where rank 0 listens. Jobs that share a host are near each other in number, so their ports differ; as do those of
+    steps side by side, and that of a start after one whose port was taken."""
+    return _FIRST_PORT + (job + 499 * step + 1999 * restart) % _PORTS
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    restart = _number(environ, "SLURM_RESTART_COUNT") if environ.get("SLURM_RESTART_COUNT") else 0
+    return port_of(_number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID"), restart)
 
 
 def _is_task(environ: Mapping[str, str]) -> bool:
     if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
         return False
     return _number(environ, "SLURM_STEP_ID") < _SPECIAL_STEPS and _number(environ, "SLURM_NTASKS") > 0
+
+
+def _is_of_a_hook(environ: Mapping[str, str]) -> bool:
+    """It numbers ranks as srun does, and knows no LOCAL_WORLD_SIZE."""
+    same = environ.get("RANK") == environ["SLURM_PROCID"] and environ.get("WORLD_SIZE") == environ["SLURM_NTASKS"]
+    return same and "LOCAL_WORLD_SIZE" not in environ
 
 
 def _local_size(environ: Mapping[str, str], size: int) -> int:

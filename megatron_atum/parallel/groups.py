@@ -19,6 +19,7 @@ from megatron_atum.parallel.cpu_compat import emulated_cuda, install_cpu_rng
 from megatron_atum.parallel.device import backend, device
 from megatron_atum.parallel.fake import host_backend, is_fake
 from megatron_atum.parallel.layout import Chunk, ParallelLayout
+from megatron_atum.parallel.limits import allow_connections
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,21 @@ def keep_flight_record(folder: Path) -> None:
         ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(folder / "nccl-flight-record-rank-"),
     }
     # All names of torch 2.9 and later begin with TORCH_FR. It knows the older ones too, and warns of them.
-    older = torch.__version__ < "2.9"
+    older = torch.__version__ < "2.9.0a0"
     for names, value in settings.items():
         if not any(name in os.environ for name in names):  # else the user's value would not count
             os.environ[names[older]] = value
 
 
 def start_distributed(timeout_s: float = TIMEOUT_S) -> None:
-    """Join the default process group from torchrun's environment (a single process needs no environment)."""
+    """Join the default process group from torchrun's environment (a single process needs no environment).
+
+    Raises:
+        ConfigError: this process may not open as many files as there are connections.
+    """
     if dist.is_initialized():
         return
+    allow_connections(int(os.environ.get("WORLD_SIZE", "1")))
     # One hardware queue keeps tensor-parallel communication in the order in which it was issued; read when the
     # device is first used.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -1,9 +1,10 @@
 """What a running job is asked for from outside: signals, and files in its run folder.
 
-SIGTERM and SIGUSR1 ask for a checkpoint and an end that is to be continued (exit code 85); a second one ends the
-process at once. RUN/save asks for a checkpoint, RUN/stop for one and an end; both files are removed when it is done.
-A request counts once any rank has seen it: all ranks learn of it together with the losses of the step. RUN/stop counts
-more than a signal: who wrote it does not want the job started again.
+SIGTERM and SIGUSR1 ask for a checkpoint and an end that is to be continued (exit code 85); the same one again ends the
+process at once. Both may come: who was told of the time limit may be preempted while it saves. RUN/save asks for a
+checkpoint, RUN/stop for one and an end; both files are removed when it is done. A request counts once any rank has
+seen it: all ranks learn of it together with the losses of the step. RUN/stop counts more than a signal: who wrote it
+does not want the job started again.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Requests:
 
     def __init__(self, run_folder: Path, rank: int) -> None:
         self._files = {name: run_folder / name for name in ("save", "stop")} if rank == 0 else {}
-        self._first_at: float | None = None
+        self._first_at: dict[int, float] = {}  # by signal
         self._deaf = False
         self._before: dict[int, Any] = {}
 
@@ -71,7 +72,7 @@ class Requests:
     def seen(self) -> dict[str, float]:
         """By this rank: numbers that are summed over all ranks."""
         files = {name: float(name in self._files and self._files[name].exists()) for name in ("save", "stop")}
-        return {**files, "signal": float(self._first_at is not None)}
+        return {**files, "signal": float(bool(self._first_at))}
 
     @staticmethod
     def asked(sums: Mapping[str, float]) -> Asked:
@@ -98,9 +99,7 @@ class Requests:
 
     def _take(self, number: int) -> None:
         now = time.monotonic()
-        if self._first_at is None:
-            self._first_at = now
-        elif now - self._first_at > SAME_REQUEST_S and not self._deaf:
+        if now - self._first_at.setdefault(number, now) > SAME_REQUEST_S and not self._deaf:
             os._exit(128 + number)
 
 

@@ -111,7 +111,7 @@ def test_a_bad_step_leaves_weights_and_moments_alone(layout: str, data: Path, tm
 def test_too_many_bad_steps_end_the_run_and_can_be_replayed(data: Path, tmp_path: Path) -> None:
     changes = ["health.max_bad_steps=2", "training.steps=8"]
     outcome = trained(tmp_path, data, "pp2", *changes, hook=break_from_step_3, outlive_s=5.0)
-    assert outcome.codes == [1, 1], outcome.logs
+    assert outcome.codes == [3, 3], outcome.logs
     for log in outcome.logs:
         assert "HealthFailure: step 4: 2 steps in a row were not applied" in log and "Traceback" not in log
     assert (checkpoints_of(tmp_path) / "step-00000004" / "complete.json").exists(), "what was good is kept"
@@ -173,7 +173,7 @@ def test_skip_data_passes_the_shard_over(poisoned: list[str], tmp_path: Path) ->
     assert lines[STEPS]["bad_steps"] == len(events_of(tmp_path, "bad_step")) == len(spike_steps(tmp_path))
 
     limited = run(tmp_path / "limited", [*poisoned, "health.spike=skip_data", "health.max_bad_steps=3"], 1)
-    assert limited.codes == [1], limited.logs
+    assert limited.codes == [3], limited.logs
     assert "3 steps in a row were not applied, the last one with a loss spike" in limited.logs[0]
 
 
@@ -252,7 +252,7 @@ def test_rollback_at_a_layout(layout: str, poisoned: list[str], tmp_path: Path) 
 def test_too_many_rollbacks_end_the_run(poisoned: list[str], tmp_path: Path) -> None:
     changes = ["health.spike=rollback", "health.max_rollbacks=1"]  # without a skip the spike is found again
     outcome = run(tmp_path, [*poisoned, *changes], 1)
-    assert outcome.codes == [1], outcome.logs
+    assert outcome.codes == [3], outcome.logs
     assert len(events_of(tmp_path, "rollback")) == 1
     assert "the run went back 1 times already (health.max_rollbacks=1)" in outcome.logs[0]
     assert "raise it, or health.rollback_skip" in outcome.logs[0]
@@ -283,7 +283,7 @@ def flip_a_bit(rank: int) -> None:
 def test_a_flipped_bit_in_a_frozen_weight_is_found(layout: str, data: Path, tmp_path: Path) -> None:
     changes = [FROZEN, "health.checksum_every=2", "training.steps=6"]
     outcome = trained(tmp_path, data, layout, *changes, hook=flip_a_bit, outlive_s=5.0)
-    assert outcome.codes == [1, 1], outcome.logs
+    assert outcome.codes == [3, 3], outcome.logs
     for log in outcome.logs:
         assert "HealthFailure: frozen weights have changed: rank 1 on" in log and "decoder_layers." in log
         assert "rank 0 on" not in log.split("HealthFailure")[1].split("rank 1")[0]

@@ -17,6 +17,7 @@ from megatron_atum.launch.check_host import (
     efa_line,
     gather_facts,
     gpus_of,
+    limit_line,
     nodes_of,
     process_line,
     version_line,
@@ -184,11 +185,13 @@ def on(**changes: object) -> Platform:
             "p4d.24xlarge, 4 devices, libfabric's provider efa has 4, EFA installer 1",
         ),
         ([Fabric(P4D, 4), Fabric(on(efa_devices=("a", "b", "c")), 3)], FAILED, "3 devices"),
-        ([Fabric(on(efa_devices=("a",)), 1)], FAILED, "1 devices"),
-        ([Fabric(on(efa_devices=()))], FAILED, "0 devices"),
-        ([Fabric(on(instance="ml.p4d.24xlarge", efa_devices=("a", "b")), 2)], FAILED, "2 devices"),
+        ([Fabric(on(efa_devices=("a",)), 1)] * 2, FAILED, "1 devices"),
+        ([Fabric(on(efa_devices=("a",)), 1)], WARNING, "1 devices"),
+        ([Fabric(on(efa_devices=()))] * 2, FAILED, "0 devices"),
+        ([Fabric(on(efa_devices=()))], WARNING, "0 devices"),
+        ([Fabric(on(instance="ml.p4d.24xlarge", efa_devices=("a", "b")), 2)] * 2, FAILED, "2 devices"),
         ([Fabric(on(instance="g5.8xlarge", efa_devices=("a",)), 1)], OK, "1 devices"),
-        ([Fabric(on(has_verbs=False), 4)], FAILED, "4 devices"),
+        ([Fabric(on(has_verbs=False), 4)] * 2, FAILED, "4 devices"),
         ([Fabric(P4D, 4), Fabric(on(installer=(1, 30, 0)), 4)], FAILED, "EFA installer 1.48.0 on n0; p4d.24xlarge, 4"),
         ([Fabric(P4D, 0, "it lists none")], WARNING, "fi_info: it lists none"),
     ],
@@ -198,6 +201,22 @@ def test_efa(fabrics: list[Fabric], status: str, found: str) -> None:
     assert line.status == status
     assert found in line.found
     assert bool(line.advice) == (status in (FAILED, WARNING))
+
+
+@pytest.mark.parametrize(
+    ("limits", "fabric", "status", "found"),
+    [
+        ((-1, -1), Fabric(), OK, "unlimited open files; memory that may be pinned: unlimited"),
+        ((4096, 64), Fabric(), OK, "4096 open files; memory that may be pinned: 64"),
+        ((4096, 64), Fabric(P4D), FAILED, "4096 open files; memory that may be pinned: 64"),
+        ((4096, -1), Fabric(P4D), OK, "4096 open files"),
+        ((1024, -1), Fabric(), FAILED, "1024 open files"),
+    ],
+)
+def test_limits(limits: tuple[int, int], fabric: Fabric, status: str, found: str) -> None:
+    line = limit_line({"a": Facts("a", 0, 8, 8, {}, *limits, fabric=fabric)}, 512)
+    assert (line.status, bool(line.advice)) == (status, status == FAILED)
+    assert line.found.startswith(found)
 
 
 def test_facts_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,14 @@ n1:9:21 [0] nccl_net_ofi_create_plugin:213 NCCL WARN NET/OFI Unable to find a pr
 n1:9:21 [0] NCCL INFO NET/Socket : Using [0]ens5:172.31.0.9<0>
 n1:9:21 [0] NCCL INFO Using network Socket
 """
+TOLD = """
+n1:9:21 [0] NCCL INFO NET/Plugin: Could not find: libnccl-net.so. Using internal net plugin.
+n1:9:21 [0] net.cc:312 NCCL WARN Error: network AWS Libfabric not found.
+"""
+TOLD_NEW = """
+n1:9:21 [0] NCCL INFO NCCL_NET set by environment to AWS Libfabric.
+n1:9:21 [0] plugin/net.cc:315 NCCL WARN Failed to initialize any NET plugin
+"""
 WITHOUT_GPUDIRECT = P5_NEW.replace("/GDRDMA", "").replace("RDMA (platform set)", "SENDRECV")
 INFINIBAND = """
 dgx-3:70:70 [1] NCCL INFO NET/IB : Using [0]mlx5_0:1/IB [1]mlx5_1:1/IB [RO]; OOB bond0:10.9.0.3<0>
@@ -99,7 +107,9 @@ def test_logs_are_understood(text: str, expected: NcclLog) -> None:
         ),
         ([P5_NEW, P5_NEW], True, True, OK, "protocol RDMA; GPUDirect on 2 of 2 channels to other nodes", ""),
         ([NO_PLUGIN], True, True, FAILED, "network Socket", "EFA is there, and NCCL uses TCP"),
-        ([NO_PLUGIN], True, False, FAILED, "network Socket", "EFA is there, and NCCL uses TCP"),
+        ([NO_PLUGIN], True, False, WARNING, "network Socket", "EFA is there, and NCCL uses TCP"),
+        ([TOLD], True, True, FAILED, "NCCL fails: Error: network AWS Libfabric not found.", "EFA is there"),
+        ([TOLD_NEW], True, True, FAILED, "NCCL fails: Failed to initialize any NET plugin", "EFA is there"),
         ([NO_PLUGIN], False, True, WARNING, "network Socket", "NCCL uses TCP between nodes"),
         ([NO_PLUGIN], False, False, OK, "network Socket", ""),
         ([PLUGIN_ON_TCP], True, True, FAILED, "NCCL warns: NET/OFI No eligible providers", "NCCL uses TCP"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from megatron_atum.launch.environment import POLICY, Platform, detect, prepare
 
 ROOT = Path(__file__).parents[2]
+HOST = socket.gethostname()
 P4D = Platform(instance="p4d.24xlarge", gpus=True, efa_devices=("rdmap16s27", "rdmap32s27"), has_verbs=True)
 SAGEMAKER = Platform(**{**vars(P4D), "instance": "ml.p4d.24xlarge", "sagemaker": True})
 TOOLKIT = {
@@ -21,7 +23,12 @@ TOOLKIT = {
     "NCCL_SOCKET_IFNAME": "eth0",
 }
 ON_EFA = {"FI_PROVIDER": "efa", "FI_EFA_USE_HUGE_PAGE": "0"}
-ON_GPUS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "3", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+ON_GPUS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "3600",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+}
+BETWEEN_NODES = {"NCCL_NET": "AWS Libfabric", "NCCL_SOCKET_IFNAME": "^lo,docker,veth"}
 OLD_PLUGIN = {"plugin": (1, 5, 0)}
 LATER_PLUGIN = {"plugin": (1, 6, 0)}
 
@@ -30,14 +37,28 @@ def on(platform: Platform, **changes: object) -> Platform:
     return Platform(**{**vars(platform), **changes})
 
 
+def without(variables: dict[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in variables.items() if key != name}
+
+
 @pytest.mark.parametrize(
     ("platform", "before", "after", "said"),
     [
         (Platform(), {}, {}, []),
-        (Platform(gpus=True), {}, ON_GPUS, ["TORCH_NCCL_ASYNC_ERROR_HANDLING=3: ", "CUDA_DEVICE_MAX_CONNECTIONS=1: "]),
+        (
+            Platform(gpus=True),
+            {},
+            ON_GPUS,
+            ["TORCH_NCCL_ASYNC_ERROR_HANDLING=3: ", "TORCH_NCCL_HEART", "CUDA_DEVICE_MAX_C"],
+        ),
         (Platform(slurm=True), {}, {"OMP_NUM_THREADS": "1"}, ["OMP_NUM_THREADS=1: as torchrun"]),
         (Platform(slurm=True), {"OMP_NUM_THREADS": "4"}, {"OMP_NUM_THREADS": "4"}, ["OMP_NUM_THREADS=4 was set"]),
-        (P4D, {}, ON_EFA | ON_GPUS, ["FI_PROVIDER=efa: ", "FI_EFA_USE_HUGE_PAGE=0: ", "TORCH_NCCL_", "CUDA_DEVICE_"]),
+        (
+            P4D,
+            {},
+            ON_EFA | ON_GPUS,
+            ["FI_PROVIDER=efa: ", "FI_EFA_USE_HUGE_PAGE=0: ", *["TORCH_NCCL_"] * 2, "CUDA_DEVICE_"],
+        ),
         (P4D, ON_EFA | ON_GPUS, ON_EFA | ON_GPUS, []),
         # The user's own.
         (
@@ -55,8 +76,8 @@ def on(platform: Platform, **changes: object) -> Platform:
         (Platform(), {"NCCL_PROTO": "LL", "NCCL_BUFFSIZE": "1"}, {"NCCL_PROTO": "LL", "NCCL_BUFFSIZE": "1"}, []),
         (
             Platform(gpus=True),
-            {"NCCL_ASYNC_ERROR_HANDLING": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-            {"NCCL_ASYNC_ERROR_HANDLING": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+            {"NCCL_ASYNC_ERROR_HANDLING": "1", **without(ON_GPUS, "TORCH_NCCL_ASYNC_ERROR_HANDLING")},
+            {"NCCL_ASYNC_ERROR_HANDLING": "1", **without(ON_GPUS, "TORCH_NCCL_ASYNC_ERROR_HANDLING")},
             ["NCCL_ASYNC_ERROR_HANDLING=1 was set from outside and stays, but: an old name; use TORCH_NCCL_"],
         ),
         (
@@ -74,7 +95,7 @@ def on(platform: Platform, **changes: object) -> Platform:
                 "NCCL_PROTO=simple of the SageMaker toolkit removed: ",
                 "RDMAV_FORK_SAFE=1 of the SageMaker toolkit removed: ",
                 "FI_EFA_USE_DEVICE_RDMA=1 of the SageMaker toolkit removed: ",
-                *("FI_EFA_USE_HUGE_PAGE=0: ", "TORCH_NCCL_", "CUDA_DEVICE_"),
+                *("FI_EFA_USE_HUGE_PAGE=0: ", "TORCH_NCCL_", "TORCH_NCCL_", "CUDA_DEVICE_"),
             ],
         ),
         (
@@ -121,8 +142,11 @@ def on(platform: Platform, **changes: object) -> Platform:
         (
             on(SAGEMAKER, **OLD_PLUGIN),
             {**TOOLKIT, **ON_EFA, **ON_GPUS},
-            {key: value for key, value in {**TOOLKIT, **ON_EFA, **ON_GPUS}.items() if key != "RDMAV_FORK_SAFE"},
-            ["RDMAV_FORK_SAFE=1 of", "aws-ofi-nccl 1.5.0 is too old to run without NCCL_PROTO=simple: update it"],
+            without({**TOOLKIT, **ON_EFA, **ON_GPUS}, "RDMAV_FORK_SAFE"),
+            [
+                "RDMAV_FORK_SAFE=1 of",
+                f"{HOST}: aws-ofi-nccl 1.5.0 is too old to run without NCCL_PROTO=simple: update it",
+            ],
         ),
         (
             on(P4D, installer=(1, 29, 0), plugin=(1, 7, 4)),
@@ -131,20 +155,41 @@ def on(platform: Platform, **changes: object) -> Platform:
             ["FI_EFA_SET_CUDA_SYNC_MEMOPS=0: "],
         ),
         (on(P4D, installer=(1, 48, 0), plugin=(1, 19, 0)), ON_EFA | ON_GPUS, ON_EFA | ON_GPUS, []),
+        # Several nodes.
+        (
+            on(P4D, several_nodes=True),
+            ON_EFA | ON_GPUS,
+            ON_EFA | ON_GPUS | BETWEEN_NODES,
+            ["NCCL_NET=AWS Libfabric: NCCL must end", "NCCL_SOCKET_IFNAME=^lo,docker,veth: "],
+        ),
+        (
+            on(P4D, several_nodes=True, no_plugin=True),
+            {"NCCL_SOCKET_IFNAME": "eth0", **ON_EFA, **ON_GPUS},
+            {"NCCL_SOCKET_IFNAME": "eth0", **ON_EFA, **ON_GPUS},
+            ["NCCL_SOCKET_IFNAME=eth0 was set from outside and stays"],
+        ),
+        (Platform(several_nodes=True, gpus=True), ON_GPUS, ON_GPUS, []),
+        (
+            Platform(sagemaker=True, interface="eth0"),
+            {},
+            {"GLOO_SOCKET_IFNAME": "eth0"},
+            ["GLOO_SOCKET_IFNAME=eth0: gloo takes the address of the host's own name"],
+        ),
         # EFA that cannot be used.
         (
-            on(P4D, has_verbs=False),
+            on(P4D, has_verbs=False, several_nodes=True),
             ON_EFA | ON_GPUS,
-            ON_EFA | ON_GPUS,
-            ["there are EFA devices, but no /dev/infiniband"],
+            ON_EFA | ON_GPUS | without(BETWEEN_NODES, "NCCL_NET"),
+            ["NCCL_SOCKET", f"{HOST}: there are EFA devices, but no /dev/infiniband"],
         ),
-        (on(P4D, efa_devices=()), ON_EFA | ON_GPUS, ON_EFA | ON_GPUS, ["p4d.24xlarge, but no EFA device"]),
         (
-            Platform(asks_for_efa=True),
-            ON_EFA,
-            ON_EFA,
-            ["FI_PROVIDER=efa, but no EFA device is in /sys/class/infiniband: NCCL will use TCP"],
+            on(P4D, efa_devices=(), several_nodes=True),
+            ON_EFA | ON_GPUS,
+            ON_EFA | ON_GPUS | without(BETWEEN_NODES, "NCCL_NET"),
+            ["NCCL_SOCKET", f"{HOST}: no EFA device is in /sys/class/infiniband: between nodes NCCL can only use TCP"],
         ),
+        (on(P4D, efa_devices=()), ON_EFA | ON_GPUS, ON_EFA | ON_GPUS, []),  # a node by itself needs none
+        (on(P4D, has_verbs=False), ON_EFA | ON_GPUS, ON_EFA | ON_GPUS, []),
     ],
 )
 def test_policy(platform: Platform, before: dict[str, str], after: dict[str, str], said: list[str]) -> None:
@@ -158,15 +203,35 @@ def test_policy(platform: Platform, before: dict[str, str], after: dict[str, str
     assert environ == after  # a second time changes nothing
 
 
+@pytest.mark.parametrize(("rank", "local_rank", "lines"), [(0, 0, 3), (1, 1, 0), (8, 0, 1), (9, 1, 0)])
+def test_each_node_tells_what_is_wrong_with_it(rank: int, local_rank: int, lines: int) -> None:
+    environ = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "FI_PROVIDER": "efa"}
+    found = prepare(environ, Platform(asks_for_efa=True, several_nodes=True))
+    assert len(found) == lines and environ["FI_EFA_USE_HUGE_PAGE"] == "0"
+    assert all("no EFA device" in line for line in found[-1:])
+
+
 def test_what_must_not_be_set() -> None:
     """On no platform."""
     platforms = [
-        Platform(instance, gpus, devices, verbs, asks, sagemaker, slurm, plugin, installer)
+        Platform(
+            instance,
+            gpus,
+            devices,
+            verbs,
+            asks,
+            several,
+            sagemaker=sagemaker,
+            slurm=slurm,
+            plugin=plugin,
+            installer=installer,
+        )
         for instance in ("", "p4d.24xlarge")
         for gpus in (False, True)
         for devices in ((), ("rdmap16s27",))
         for verbs in (False, True)
         for asks in (False, True)
+        for several in (False, True)
         for sagemaker in (False, True)
         for slurm in (False, True)
         for plugin in (None, (1, 5, 0), (1, 6, 0), (1, 19, 0))
@@ -212,6 +277,10 @@ def test_a_machine_is_recognised(tmp_path: Path) -> None:
     assert detect({}, machine(tmp_path / "efa")) == expected
     container = detect({"SM_CURRENT_HOST": "algo-1", "SM_CURRENT_INSTANCE_TYPE": "ml.p4de.24xlarge"}, tmp_path / "efa")
     assert container == on(expected, instance="ml.p4de.24xlarge", sagemaker=True)
+    ranks = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "NCCL_NET_PLUGIN": "none", "SM_NETWORK_INTERFACE_NAME": "e0"}
+    found = detect(ranks, tmp_path / "efa")
+    assert found == on(expected, several_nodes=True, no_plugin=True, interface="e0")
+    assert not detect({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, tmp_path / "efa").several_nodes
     assert detect({"TRAINING_JOB_NAME": "job"}, tmp_path / "efa").sagemaker
     assert not detect({}, machine(tmp_path / "unmapped", verbs=False)).has_verbs
     infiniband = detect({}, machine(tmp_path / "mellanox", vendor="0x15b3"))

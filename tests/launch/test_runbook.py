@@ -30,8 +30,8 @@ QUOTED = [
     ("training/trainer.py", "save_failed"),
     ("checkpoint/run_checkpoint.py", "could not be written: rank"),
     ("training/metrics.py", "grad norm"),
-    ("launch/environment.py", "libfabric must fail loudly where EFA does not work"),
-    ("launch/environment.py", "NCCL will use TCP"),
+    ("launch/environment.py", "libfabric must not offer NCCL its TCP provider where EFA does not work"),
+    ("launch/environment.py", "between nodes NCCL can only use TCP"),
 ]
 
 

@@ -23,7 +23,8 @@ SAVE = 'sleep 0.05; mkdir -p "$ATUM_RUN/checkpoints/step-00000008"; touch "$ATUM
 WAIT = "touch $READY; while :; do sleep 0.02; done"
 STUBS = {
     "srun": 'printf "%s\\n" "$@" >"$CALLS/srun"\n. "$CALLS/ranks.sh"\n',
-    "scontrol": 'case $1 in show) echo "JobId=$4 JobState=$STATE PreemptTime=$PREEMPT Power=";;\n'
+    "scontrol": 'echo >>"$CALLS/calls"; [ "$(wc -l <"$CALLS/calls")" -gt "$DEAF" ] || exit 1\n'
+    'case $1 in show) echo "JobId=$4 JobState=$STATE PreemptTime=$PREEMPT Power=";;\n'
     '*) echo "$*" >>"$CALLS/scontrol";; esac\n',
 }
 
@@ -49,8 +50,9 @@ def environment(tmp_path: Path, ranks: str, **changes: str) -> dict[str, str]:
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "ranks.sh").write_text(ranks)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_CPUS_PER_TASK": "12"}
-    slurm |= {"STATE": "RUNNING", "PREEMPT": "None"}
+    slurm |= {"STATE": "RUNNING", "PREEMPT": "None", "DEAF": "0"}  # scontrol fails so many times
     mine = {"ATUM_DATA": f"{tmp_path}/data", "ATUM_RUN": f"{tmp_path}/data/runs/mine", "ATUM_RESTARTS": "3"}
+    mine |= {"ATUM_RETRIES": "2", "ATUM_PATIENCE": "0"}
     files = {"CALLS": str(tmp_path), "READY": f"{tmp_path}/ready", "RECORD": "complete.json"}
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
     return {"PATH": path, **slurm, **mine, **files, **changes}
@@ -116,11 +118,44 @@ def test_a_failure_is_tried_again_if_it_came_further(code: int, tmp_path: Path) 
     assert f"exit code {code}: restart 3 of at most 3 follows, from step-00000008" in failed.said
 
 
-def test_a_failure_that_came_no_further_is_not_tried_again(tmp_path: Path, run_folder: Path) -> None:
-    earlier_checkpoint(run_folder)
+def test_numbers_that_somebody_must_look_at_are_not_tried_again(tmp_path: Path) -> None:
+    unhealthy = job(tmp_path, f"{SAVE}; exit 3")
+    assert (unhealthy.code, unhealthy.requeued) == (3, False)
+    assert "somebody must look" in unhealthy.said
+
+
+def test_a_failure_before_any_checkpoint_is_not_tried_again(tmp_path: Path, run_folder: Path) -> None:
     failed = job(tmp_path, "exit 1")
     assert (failed.code, failed.requeued) == (1, False)
-    assert f"no checkpoint was completed since this start; {run_folder}/logs/rank-*.log" in failed.said
+    assert f"there is no complete checkpoint; {run_folder}/logs/rank-*.log" in failed.said
+
+
+def test_failures_that_come_no_further_are_tried_again_a_few_times(tmp_path: Path, run_folder: Path) -> None:
+    """As after the loss of a node soon after a start. Steps further start the count anew, and so does another job."""
+    earlier_checkpoint(run_folder)
+
+    def end(restart: int, ranks: str = "exit 1") -> Outcome:
+        again = tmp_path / f"{restart}-{len(list(tmp_path.iterdir()))}"
+        again.mkdir()
+        return job(again, ranks, ATUM_RUN=str(run_folder), SLURM_RESTART_COUNT=str(restart), ATUM_RESTARTS="9")
+
+    assert [end(restart).requeued for restart in (0, 1, 2)] == [True, True, False]
+    assert [end(0).requeued, end(1).requeued] == [True, True]
+    assert end(2, f"{SAVE}; exit 1").requeued
+    assert [end(restart).requeued for restart in (3, 4)] == [True, True]
+    last = end(5)
+    assert (last.code, last.requeued) == (1, False)
+    assert f"3 starts in a row failed and completed no checkpoint; {run_folder}/logs/rank-*.log" in last.said
+
+
+def test_slurm_that_does_not_answer_at_once_is_asked_again(tmp_path: Path) -> None:
+    assert job(tmp_path, f"{SAVE}; exit 85", DEAF="5").requeued
+
+
+def test_slurm_that_does_not_answer_is_said(tmp_path: Path) -> None:
+    deaf = job(tmp_path, f"{SAVE}; exit 85", DEAF="99")
+    assert (deaf.code, deaf.requeued) == (85, False)
+    assert "slurmctld does not answer" in deaf.said
 
 
 @pytest.mark.parametrize("folder", ["step-00000009.tmp", "step-00000002.0123abcd.old.tmp", "frozen-0123456789abcdef"])
@@ -210,21 +245,39 @@ def test_the_ranks_are_started_by_srun_itself(script: str, tmp_path: Path, run_f
         f"examples/{recipe}/pretrain.yaml",
         "training.steps=5",
         "data.sources=[{name: a b}]",
-        f"logging.root={run_folder.parent}",
-        "logging.run=mine",
+        f"logging.root='{run_folder.parent}'",
+        "logging.run='mine'",
     ]
     assert {"--kill-on-bad-exit=0", "--cpus-per-task=12", f"--output={run_folder}/logs/rank-%t.log"} <= set(options)
     assert not [option for option in options if "container" in option or "auto-resume" in option]
     assert (run_folder / "logs").is_dir()
 
 
-def test_a_container_sees_data_and_code(tmp_path: Path) -> None:
-    changes = {"ATUM_IMAGE": "/images/atum.sqsh", "ATUM_PYTHON": "python"}
+@pytest.mark.parametrize("name", ["2026_11_26", "007", "yes", "it's #1: [a]"])
+def test_a_run_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
+    words = job(tmp_path, "exit 0", ATUM_RUN=f"{tmp_path}/my runs/{name}").srun[-2:]
+    logging = load_config(None, words).logging
+    assert (logging.root, logging.run) == (f"{tmp_path}/my runs", name)
+
+
+def test_ranks_have_what_the_job_needs_and_nothing_of_another(tmp_path: Path) -> None:
+    ranks = 'echo "$RANK$WORLD_SIZE$LOCAL_RANK$LOCAL_WORLD_SIZE|$(ulimit -Sn)|$(ulimit -Hn)" >"$CALLS/seen"'
+    environ = environment(tmp_path, ranks, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    script = ("bash", "-c", "ulimit -Sn 512; exec bash examples/slurm/pretrain.sbatch")
+    assert "--export=ALL" in outcome(started(environ, *script), environ).srun
+    other, soft, hard = (tmp_path / "seen").read_text().strip().split("|")
+    assert other == "" and soft == hard != "512"
+
+
+def test_a_container_sees_data_run_and_code(tmp_path: Path) -> None:
+    changes = {"ATUM_IMAGE": "/images/atum.sqsh", "ATUM_RUN": f"{tmp_path}/elsewhere/mine", "NCCL_DEBUG": "INFO"}
     srun = job(tmp_path, "exit 0", **changes).srun
-    data = f"{tmp_path}/data"
+    data, run = f"{tmp_path}/data", f"{tmp_path}/elsewhere/mine"
     assert "--container-image=/images/atum.sqsh" in srun and "python" in srun
-    assert f"--container-mounts={data}:{data},{ROOT}:{ROOT}" in srun
+    assert f"--container-mounts={data}:{data},{run}:{run},{ROOT}:{ROOT}" in srun
     assert f"--container-workdir={ROOT}" in srun
+    (passed,) = (option for option in srun if option.startswith("--container-env="))
+    assert {"ATUM_DATA", "NCCL_DEBUG", "OMP_NUM_THREADS"} <= set(passed.removeprefix("--container-env=").split(","))
 
 
 @pytest.mark.root

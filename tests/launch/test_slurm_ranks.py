@@ -56,10 +56,19 @@ def test_nodes_may_have_different_numbers_of_tasks() -> None:
         {**TASK, "SLURM_STEP_ID": "4294967291"},
         {**TASK, "SLURM_NTASKS": "0"},
         {**TASK, "RANK": "0"},  # a worker of torchrun, which srun started
+        {**TASK, "RANK": "13", "WORLD_SIZE": "512", "LOCAL_WORLD_SIZE": "8"},
+        {**TASK, "RANK": "13", "WORLD_SIZE": "4096"},
     ],
 )
 def test_what_is_no_rank_of_srun_is_left_alone(environ: dict[str, str]) -> None:
     assert rank_variables(environ) == {}
+
+
+def test_ranks_of_a_container_s_hook_are_completed() -> None:
+    """enroot's 50-slurm-pytorch.sh sets five of the six, also where the task sees one GPU only."""
+    hook = {"RANK": "13", "WORLD_SIZE": "512", "LOCAL_RANK": "5", "MASTER_ADDR": "node001", "MASTER_PORT": "61234"}
+    assert rank_variables({**TASK, **hook}) == {**RANK_13, "MASTER_PORT": "61234"}
+    assert rank_variables({**TASK, **hook, "CUDA_VISIBLE_DEVICES": "5"})["LOCAL_RANK"] == "0"
 
 
 def test_a_meeting_point_that_the_user_has_set_stays() -> None:
@@ -104,7 +113,7 @@ def test_a_list_without_a_host_is_refused(nodelist: str) -> None:
 
 
 def test_jobs_that_may_share_a_host_have_ports_of_their_own() -> None:
-    ports = [port_of(job) for job in range(60_000, 76_000)]
+    ports = [port_of(job, step, restart) for step in range(2) for restart in range(2) for job in range(60_000, 60_300)]
     assert len(set(ports)) == len(ports)
     assert set(ports) <= set(range(16384, 32768))
     assert rank_variables({**TASK, "SLURM_JOB_ID": "4712"})["MASTER_PORT"] == "21096"

@@ -114,6 +114,7 @@ def test_alone(tmp_path: Path) -> None:
         "GPUs": "not checked",
         "GPU memory errors": "not checked",
         "Xid errors": "not checked",
+        "limits": "ok",
         "EFA": "not checked",
         "clocks": "not checked",
         "NCCL's network": "not checked",
@@ -147,25 +148,14 @@ def test_by_torchrun(tmp_path: Path) -> None:
     assert done.stderr.count("exitcode  : 1") == 2, done.stderr  # both processes'
 
 
-def test_by_srun() -> None:
-    """Ranks from Slurm's variables."""
+def test_a_process_that_is_not_there() -> None:
+    """Of two that srun is said to have started."""
     slurm = {
         **{"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "77", "SLURM_NODEID": "0"},
         **{"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"},
+        **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "MASTER_PORT": ranks(1, 1)[0]["MASTER_PORT"]},
     }
-    (first, *_) = ranks(1, 1)
-    tasks = [
-        {**slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "MASTER_PORT": first["MASTER_PORT"]}
-        for rank in range(2)
-    ]
-    done = together([[*TOOL, "--mib", "1"]] * 2, tasks)
-    assert [one.returncode for one in done] == [0, 0], done[0].stderr
-    assert "1 node x 2 processes, gloo" in done[0].stdout and done[1].stdout == ""
-
-
-def test_a_process_that_is_not_there() -> None:
-    (environment, _) = ranks(2, 2)
-    (done,) = together([[*TOOL, "--timeout", "3"]], [environment])
+    (done,) = together([[*TOOL, "--timeout", "3"]], [slurm])
     assert done.returncode == 1
     assert "1 of 2; nothing from ranks 1" in done.stdout
     assert statuses(done)["processes"] == "failed"
@@ -196,7 +186,7 @@ def test_storage_that_does_not_answer(tmp_path: Path) -> None:
     ("body", "patience", "said", "code"),
     [
         ("time.sleep(1000)", 60, "stands still for 60 s in: send inside nodes", 1),
-        ("os._exit(9)", 6, " said nothing", 9),  # so long, and ten seconds more, it is waited for
+        ("os._exit(9)", 6, " said nothing", 9),  # so long, and a quarter more, it is waited for
         ("raise RuntimeError('broken link')", 60, "rank 1 on {host}: broken link", 1),
     ],
 )
