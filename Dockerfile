@@ -3,13 +3,15 @@
 #   docker build -t megatron-atum --build-arg BASE=IMAGE --build-arg EFA_SHA256=DIGEST .
 #
 # IMAGE is a PyTorch image of the NGC catalogue with Python 3.12, under its full name, best with its digest. DIGEST is the
-# SHA-256 of the EFA installer that you have checked; EFA=0 leaves EFA out, for machines that are not AWS's.
+# SHA-256 of the EFA installer that you have checked; EFA=0 leaves EFA out, for machines that are not AWS's. Everything
+# else has its version here or in tools/container/, packages for training with checksums.
 # docs/cluster-runbook.md has the whole way. The steps are scripts of tools/container/.
 ARG BASE
 FROM ${BASE}
 
 # AWS's network: https://efa-installer.amazonaws.com/aws-efa-installer-1.48.0.tar.gz, with its signature beside it (.sig).
-# From 1.47 on the installer brings the plug-in that NCCL needs.
+# From 1.47 on the installer brings the plug-in that NCCL needs. EFA_SHA256 has no default: a checksum counts only for
+# somebody who has checked the signature, and nobody has done so for this file.
 ARG EFA=1
 ARG EFA_VERSION=1.48.0
 ARG EFA_SHA256=
@@ -19,10 +21,9 @@ ARG EFA_URL=https://efa-installer.amazonaws.com
 ARG MEGATRON_CORE=0.16.1
 ARG MEGATRON_CORE_SHA256=3fb26cb407aa3c4b609c08664022c08146f1648b3d6f2ef2bbe9d3b1294ace61
 
-# SAGEMAKER=1 adds the program that SageMaker starts a container with; Slurm and torchrun do not need it.
+# SAGEMAKER=1 adds the program that SageMaker starts a container with (tools/container/sagemaker_toolkit.txt); Slurm and
+# torchrun do not need it.
 ARG SAGEMAKER=0
-ARG SAGEMAKER_TRAINING=5.1.4
-ARG SAGEMAKER_PYTORCH_TRAINING=3.0.0
 
 WORKDIR /opt/megatron-atum
 
@@ -32,31 +33,29 @@ COPY tools/container/install_efa.sh tools/container/
 RUN sh tools/container/install_efa.sh "${EFA}" "${EFA_VERSION}" "${EFA_SHA256}" "${EFA_URL}"
 
 ENV SAGEMAKER_TRAINING_MODULE=sagemaker_pytorch_container.training:main
-COPY tools/container/install_sagemaker.sh tools/container/
-RUN sh tools/container/install_sagemaker.sh "${SAGEMAKER}" "${SAGEMAKER_TRAINING}" "${SAGEMAKER_PYTORCH_TRAINING}"
+COPY tools/container/install_sagemaker.sh tools/container/sagemaker_toolkit.txt tools/container/
+RUN sh tools/container/install_sagemaker.sh "${SAGEMAKER}"
 
-# What setup.py wants. The base's torch, Transformer Engine and apex belong together and are held fast. constraints.txt is
-# for CPU machines and is not used.
+# What setup.py wants, as tools/container/requirements.txt pins it. The base's torch, Transformer Engine, apex and numpy
+# belong together and are held fast. constraints.txt is for CPU machines and is not used.
 COPY tools/container tools/container
-COPY setup.py ./
-COPY megatron_atum/__init__.py megatron_atum/
 RUN sh tools/container/install_requirements.sh "${MEGATRON_CORE}" "${MEGATRON_CORE_SHA256}"
 
-# The repository last: a change of the code builds only from here on.
-COPY pyproject.toml LICENSE README.md pretrain_atum.py ./
+# The repository last: a change of the code builds only from here on. REVISION is its commit, which runs print.
+ARG REVISION=
+COPY setup.py pyproject.toml LICENSE README.md pretrain_atum.py ./
 COPY megatron_atum megatron_atum
 COPY tools tools
 COPY examples examples
-RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
+RUN echo "commit ${REVISION:-unknown}" >megatron_atum/REVISION \
+    && pip install --no-cache-dir --no-deps --no-build-isolation . \
     && python tools/container/self_check.py --efa "${EFA}" --megatron-core "${MEGATRON_CORE}"
 
 ARG BASE
-ARG REVISION=
 LABEL org.opencontainers.image.title="Megatron-ATUM" \
       org.opencontainers.image.description="Flamingo-style vision-language training with 3D parallelism" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="${BASE}"
 
-ENTRYPOINT []
-CMD ["bash"]
+# The base's entrypoint stays: it lets the image run on a driver that is older than its CUDA, and then runs its arguments.

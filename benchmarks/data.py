@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,8 @@ from megatron_atum.data.shards import DocumentRecord, PairRecord, read_shard, wr
 from megatron_atum.data.sidecar import build_sidecar, sidecar_path
 from megatron_atum.data.storage import Storage
 from megatron_atum.data.tokenizer import Tokenizer
+from megatron_atum.errors import ConfigError
+from megatron_atum.launch.own_environment import make_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE_SIZE = 224
@@ -199,15 +200,11 @@ ENERGON_PACKAGES = ["megatron-energon==7.4.1", "sentencepiece", "omegaconf", "sa
 
 
 def make_energon() -> None:
-    """An environment with megatron-energon and what `cook` needs, made once."""
-    if (ENERGON / "complete").exists():
-        return
-    print(f"making {ENERGON} ...", file=sys.stderr)
-    venv.create(ENERGON, with_pip=True, clear=True)
-    pip = [str(ENERGON / "bin" / "python"), "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, f"torch=={torch.__version__.split('+')[0]}"], check=True)
-    subprocess.run([*pip, *ENERGON_PACKAGES], check=True)
-    (ENERGON / "complete").touch()
+    """An environment with megatron-energon and what `cook` needs, made once. Ends the program if that cannot be."""
+    try:
+        make_environment(ENERGON, [f"torch=={torch.__version__.split('+')[0]}", *ENERGON_PACKAGES])
+    except ConfigError as error:
+        raise SystemExit(f"data: no energon, which --without energon leaves out: {error}") from None
 
 
 # The data ------------------------------------------------------------------------------------------------------------

@@ -27,17 +27,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import fcntl
 import gc
 import json
 import math
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
-import venv
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +52,7 @@ from megatron_atum.config.loader import preset
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import ConfigError, RankFailure
 from megatron_atum.flops import Work, model_flops
+from megatron_atum.launch.own_environment import make_environment
 from megatron_atum.parallel.device import hide_accelerators
 from megatron_atum.training.plotting.drawing import PALETTE, load_matplotlib
 
@@ -374,31 +372,16 @@ def make_deepspeed() -> None:
     Raises:
         ConfigError: pip cannot install it.
     """
-    DEEPSPEED.parent.mkdir(exist_ok=True)
-    with open(f"{DEEPSPEED}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        complete, made_of = DEEPSPEED / "complete", f"{DEEPSPEED_PACKAGE} {sys.version}"
-        if not complete.exists() or complete.read_text() != made_of:
-            _install_deepspeed(lock.fileno())
-            complete.write_text(made_of)
-
-
-def _install_deepspeed(lock: int) -> None:
-    """lock: a file that stays locked until pip has ended, whatever becomes of this process."""
-    print(f"making {DEEPSPEED} ...", file=sys.stderr)
-    venv.create(DEEPSPEED, with_pip=False, clear=True)
-    site = next(DEEPSPEED.glob("lib/python*/site-packages"))
-    (site / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # pip and setuptools too
-    command = [str(DEEPSPEED / "bin" / "python"), "-m", "pip", "install", "-q", "--no-build-isolation"]
-    environment = {**os.environ, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*command, DEEPSPEED_PACKAGE], env=environment, capture_output=True, text=True, pass_fds=(lock,)
-    )
-    if done.returncode:
-        raise ConfigError(
-            f"pip cannot install {DEEPSPEED_PACKAGE} into {DEEPSPEED}; give pip an index that has it, or leave it out "
-            f"with --without deepspeed\n{done.stderr[-2000:]}"
+    try:
+        make_environment(
+            DEEPSPEED,
+            [DEEPSPEED_PACKAGE],
+            shared_site=Path(torch.__file__).parents[1],
+            options=["--no-build-isolation"],
+            variables={"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"},
         )
+    except ConfigError as error:
+        raise ConfigError(f"no DeepSpeed, which --without deepspeed leaves out: {error}") from None
 
 
 # The command ----------------------------------------------------------------------------------------------------------

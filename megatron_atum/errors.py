@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+LARGEST_REASON = 1024  # characters of the file that SageMaker shows as FailureReason
 
 
 class AtumError(Exception):
@@ -43,3 +47,15 @@ def listed(texts: Sequence[str], most: int, separator: str = ", ") -> str:
     """The first ones, and how many more there are."""
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return separator.join(texts[:most]) + more
+
+
+def report_failure(reason: str, environ: Mapping[str, str]) -> None:
+    """Leave the reason where SageMaker looks for it, on a host of a job; elsewhere do nothing.
+
+    The toolkit writes the file if there is none, but knows only lines with the name of one of Python's own errors. The
+    first rank of a host that fails counts.
+    """
+    folder = environ.get("SM_OUTPUT_DIR")
+    if folder:
+        with contextlib.suppress(OSError), (Path(folder) / "failure").open("x") as file:
+            file.write(reason[:LARGEST_REASON])

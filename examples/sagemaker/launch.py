@@ -11,7 +11,8 @@ The SDK has an environment of its own (.venvs/sagemaker, from requirements.txt h
 version 2: its estimator hands the job to SageMaker's training toolkit inside the image, and this whole chain is what
 tests/launch/test_sagemaker.py runs. Version 3 has no such estimator; it sends a launcher of its own along.
 
-Exit codes: 0 done; 1 the job that was followed has failed; 2 something to mend, in one line.
+Exit codes: 0 done; 1 the job that was followed has failed or was stopped; 2 something to mend, in one line; 130 Ctrl-C
+while it was followed: the job goes on.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def launch(options: argparse.Namespace) -> int:
     except ProfileNotFound as error:
         raise ConfigError(f"AWS_PROFILE: {error}") from None
 
+    request = request_of(job)  # the service's limits, before anything is sent
     if options.dry_run:
-        print(json.dumps(request_of(job), indent=2))
+        print(json.dumps(request, indent=2))
         return 0
     name = submit(job)
     print(f"started {name}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from botocore.loaders import create_loader
+from botocore.regions import EndpointResolver
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
@@ -23,11 +26,15 @@ from megatron_atum.errors import ConfigError, first_line
 from megatron_atum.parallel.layout import ParallelLayout
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = ("pretrain_atum.py", "megatron_atum", "examples", "tools")  # what of the checkout goes along with a job
 CHANNELS = PurePosixPath("/opt/ml/input/data")
 CHECKPOINTS = PurePosixPath("/opt/ml/checkpoints")
 EXAMPLES = ("111122223333", "amzn-s3-demo-bucket", "0123456789abcdef0")  # of Amazon's documentation, and of our files
 MOST_HYPERPARAMETERS, LONGEST_VALUE = 100, 2500  # of CreateTrainingJob
+OF_THE_SDK = 7  # hyperparameters that it adds, sagemaker_...
 MOST_RETRIES = 30
+_ECR = re.compile(r"\d{12}\.dkr\.ecr\.([a-z0-9-]+)\.")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
@@ -36,14 +43,16 @@ class Instance:
     efa: bool
 
 
-# Add your own here. The column for EFA is Amazon's list of accelerated instance types with EFA.
+# Add your own here. EFA: "Elastic Fabric Adapter", supported instance types, in the user guide of EC2.
 INSTANCES = {
     "ml.p4d.24xlarge": Instance(8, True),
     "ml.p4de.24xlarge": Instance(8, True),
     "ml.p5.48xlarge": Instance(8, True),
     "ml.p5e.48xlarge": Instance(8, True),
     "ml.p5en.48xlarge": Instance(8, True),
-    "ml.g5.12xlarge": Instance(4, False),
+    "ml.p6-b200.48xlarge": Instance(8, True),
+    "ml.g5.4xlarge": Instance(1, False),
+    "ml.g5.12xlarge": Instance(4, True),
     "ml.g5.48xlarge": Instance(8, True),
 }
 
@@ -113,8 +122,15 @@ def load_job(file: Path, words: Sequence[str]) -> JobConfig:
         raise ConfigError(f"{file}: {missing.full_key} is not set") from None
     assert isinstance(job, JobConfig)
     job.overrides = _last_of_each(file, [*job.overrides, *(word for word in words if not word.startswith("job."))])
+    job.config = _in_checkout(job.config)
     check(job)
     return job
+
+
+def _in_checkout(file: str) -> str:
+    """The name of a file of this checkout as the ranks will find it, from the checkout's top on."""
+    path = (ROOT / file).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else file
 
 
 def _read(file: Path) -> Any:
@@ -172,6 +188,7 @@ def check(job: JobConfig) -> None:
     check_weights(config.data.sources, config.data.mixture)
     ParallelLayout.from_config(config, job.instances * INSTANCES[job.instance_type].gpus)
     _check_run_folder(job, config)
+    _check_inputs(job, config)
 
 
 def check_is_real(job: JobConfig) -> None:
@@ -195,8 +212,9 @@ def training_config(job: JobConfig) -> Config:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """The files of configuration may name variables of the job; this process must not keep them."""
+    """The files of configuration may name variables: the job's, not those of whoever starts it."""
     before = dict(os.environ)
+    os.environ.clear()
     os.environ.update(values)
     try:
         yield
@@ -240,6 +258,16 @@ def _check_money(job: JobConfig) -> None:
 
 
 def _check_places(job: JobConfig) -> None:
+    if job.region not in _regions():
+        raise ConfigError(f"job.region: {unknown('region', job.region, _regions())}")
+    if not re.fullmatch(r"\S+", job.image):
+        raise ConfigError(f"job.image={job.image!r}: must be the name of an image, without blanks")
+    registry = _ECR.match(job.image)
+    if registry and registry[1] != job.region:
+        raise ConfigError(
+            f"job.image={job.image} lies in {registry[1]}, and the job runs in job.region={job.region}: push the image "
+            "to a repository there"
+        )
     if not re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/.+", job.role):
         raise ConfigError(f"job.role={job.role}: must be the role's ARN, arn:aws:iam::ACCOUNT:role/NAME")
     for key in ("output", "checkpoints"):
@@ -248,6 +276,14 @@ def _check_places(job: JobConfig) -> None:
             raise ConfigError(f"job.{key}={place}: must be s3://BUCKET/PREFIX")
     if bool(job.subnets) != bool(job.security_groups):
         raise ConfigError("job.subnets and job.security_groups belong together: set both, or none")
+
+
+@functools.cache
+def _regions() -> list[str]:
+    """Where SageMaker is, as boto3 knows it. Without a session, which would read the user's profile."""
+    known = EndpointResolver(create_loader().load_data("endpoints"))
+    partitions = known.get_available_partitions()
+    return [region for name in partitions for region in known.get_available_endpoints("api.sagemaker", name)]
 
 
 def _check_channel(name: str, channel: ChannelConfig, job: JobConfig) -> None:
@@ -271,10 +307,10 @@ def _check_channel(name: str, channel: ChannelConfig, job: JobConfig) -> None:
 
 
 def _check_hyperparameters(job: JobConfig) -> None:
-    if len(job.hyperparameters) > MOST_HYPERPARAMETERS:
+    most = MOST_HYPERPARAMETERS - OF_THE_SDK - 1  # the other one is config
+    if len(job.overrides) > most:
         raise ConfigError(
-            f"{len(job.overrides)} overrides, and a job takes {MOST_HYPERPARAMETERS - 1}; put them into the file that "
-            "job.config names"
+            f"{len(job.overrides)} overrides, and a job takes {most}; put them into the file that job.config names"
         )
     for key, value in job.hyperparameters.items():
         if len(json.dumps(value)) > LONGEST_VALUE:
@@ -302,3 +338,32 @@ def _check_run_folder(job: JobConfig, config: Config) -> None:
         raise ConfigError(f"logging.root={root} is lost with the instance; logging.root={CHECKPOINTS} would work")
     if job.checkpoints is None:
         raise ConfigError(f"logging.root={root} is lost with the instance: set job.checkpoints, s3://BUCKET/PREFIX")
+
+
+def _check_inputs(job: JobConfig, config: Config) -> None:
+    """The ranks find files in channels and in the code of the job, and shards by URL too."""
+    sources = {"data.sources": config.data.sources, "data.validation": config.data.validation}
+    paths = {f"{key}.{source.name}.shards": source.shards for key, group in sources.items() for source in group}
+    for key, path in paths.items():
+        if not _SCHEME.match(path):
+            _check_input(job, key, path, "s3://BUCKET/..., or ")
+    files = {"data.tokenizer": config.data.tokenizer, "checkpoint.init": config.checkpoint.init}
+    if config.checkpoint.load not in (None, "none", "latest"):
+        files["checkpoint.load"] = config.checkpoint.load
+    for key, path in files.items():
+        if path is not None:
+            _check_input(job, key, path, "")
+
+
+def _check_input(job: JobConfig, key: str, path: str, otherwise: str) -> None:
+    places = [CHANNELS / name for name in job.channels]
+    if job.checkpoints is not None:
+        places.append(CHECKPOINTS)
+    inside = PurePosixPath(os.path.normpath(path))
+    if any(inside.is_relative_to(place) for place in places) or inside.parts[:1] in [(name,) for name in CODE]:
+        return
+    below = " or ".join(map(str, places)) or f"{CHANNELS}/NAME, with a channel NAME in job.channels"
+    raise ConfigError(
+        f"{key}={path}: no instance of the job has it; it must be {otherwise}below {below}, or a file of the code that "
+        f"goes along ({', '.join(CODE)})"
+    )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,13 +25,14 @@ from botocore.exceptions import BotoCoreError, ClientError
 from sagemaker.exceptions import UnexpectedStatusException
 from sagemaker.inputs import FileSystemInput, TrainingInput
 from sagemaker.pytorch import PyTorch
-from sagemaker_job import CHECKPOINTS, ROOT, ChannelConfig, JobConfig
+from sagemaker_job import CHECKPOINTS, CODE, ROOT, ChannelConfig, JobConfig
 
+from megatron_atum.config.revision import REVISION_FILE, git_state
 from megatron_atum.errors import ConfigError
 from megatron_atum.launch.sagemaker import METRICS, with_kept
 
-CODE = ("pretrain_atum.py", "megatron_atum", "examples", "tools")  # what of the checkout goes along with a job
 HOUR_S = 3600
+MOST_CODE_BYTES = 100 * 10**6  # every instance fetches and unpacks it; code takes a few megabytes
 # Instead of the files that the SDK would look for: no reports to Amazon of what is called, and no values but the job's.
 SETTINGS = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
 
@@ -46,13 +50,27 @@ def submit(job: JobConfig) -> str:
 
 
 def follow(job: JobConfig, name: str) -> int:
-    """Print the log of a job until it ends. Returns 0 if it was completed, else 1."""
+    """Print the log of a job until it ends. Returns 0 if it was completed, 1 if not, 130 if Ctrl-C ends the watching.
+
+    Raises:
+        ConfigError: Amazon cannot be asked.
+    """
     try:
-        _sdk(job, boto3.Session(region_name=job.region)).logs_for_job(name, wait=True)
+        session = _sdk(job, boto3.Session(region_name=job.region))
+        session.logs_for_job(name, wait=True)  # it raises for a job that failed, but not for one that was stopped
+        described = session.describe_training_job(name)
     except UnexpectedStatusException as failure:
         print(f"launch: {failure}", file=sys.stderr)
         return 1
-    return 0
+    except (BotoCoreError, ClientError) as error:
+        raise ConfigError(f"{name} cannot be followed, but the job goes on: {_one_line(error)}") from None
+    except KeyboardInterrupt:
+        print(f"launch: the job goes on: {name}", file=sys.stderr)
+        return 130
+    if described["TrainingJobStatus"] == "Completed":
+        return 0
+    print(f"launch: {name}: {described['TrainingJobStatus']} ({described.get('SecondaryStatus')})", file=sys.stderr)
+    return 1
 
 
 def request_of(job: JobConfig) -> dict[str, Any]:
@@ -112,9 +130,9 @@ def _estimator(job: JobConfig, session: sagemaker.Session, code: str) -> PyTorch
         volume_size=job.volume_gb,
         distribution={"torch_distributed": {"enabled": True}},
         hyperparameters=job.hyperparameters,
-        environment=with_kept(job.environment),
+        environment=_variables(job),
         metric_definitions=[{"Name": name, "Regex": regex} for name, regex in METRICS.items()],
-        checkpoint_s3_uri=job.checkpoints,
+        checkpoint_s3_uri=_folder(job.checkpoints) if job.checkpoints else None,
         checkpoint_local_path=str(CHECKPOINTS) if job.checkpoints else None,
         max_run=round(job.max_run_h * HOUR_S),
         use_spot_instances=job.spot,
@@ -129,24 +147,67 @@ def _estimator(job: JobConfig, session: sagemaker.Session, code: str) -> PyTorch
     )
 
 
+def _variables(job: JobConfig) -> dict[str, str]:
+    """On one instance torchrun makes its ranks meet at the host's own name, which may have no address (`aws`)."""
+    one = {"PET_LOCAL_ADDR": "127.0.0.1"} if job.instances == 1 else {}  # torchrun reads it as --local-addr
+    return with_kept(one | job.environment)
+
+
 def _input(channel: ChannelConfig) -> FileSystemInput | TrainingInput:
     if channel.fsx is not None:
         return FileSystemInput(channel.fsx, "FSxLustre", channel.path, channel.access)
-    return TrainingInput(channel.s3, input_mode=channel.mode)
+    assert channel.s3 is not None, "checked by load_job"
+    return TrainingInput(_folder(channel.s3), input_mode=channel.mode)
+
+
+def _folder(uri: str) -> str:
+    """SageMaker takes a prefix as it is: without the slash runs/a brings what is in runs/a-second too."""
+    return uri.rstrip("/") + "/"
 
 
 def pack(job: JobConfig, folder: Path) -> None:
-    """The code that runs is the checkout's. No setup.py: the toolkit would take it for a package to install."""
-    for name in CODE:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-        else:
-            shutil.copy(source, folder / name)
-    config = folder / job.config
-    if not config.exists():
-        config.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / job.config, config)
+    """The code that runs is the checkout's. No setup.py: the toolkit would take it for a package to install.
+
+    Raises:
+        ConfigError: a link, or more than code takes.
+    """
+    files = sorted({*_code_files(ROOT), Path(job.config)})
+    _check_code(ROOT, files)
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
+    (folder / "megatron_atum" / REVISION_FILE).write_text(git_state() + "\n")
+
+
+def _code_files(root: Path) -> list[Path]:
+    """Names below `root` of what CODE names, of a git checkout without what git ignores."""
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *CODE]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True)
+        found = [root / os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        found = []
+    if root / "pretrain_atum.py" not in found:  # no checkout, or a folder that the one around it ignores
+        everything = [path for name in CODE for path in (root / name, *(root / name).rglob("*"))]
+        found = [path for path in everything if "__pycache__" not in path.parts]
+    # A file that was deleted is still listed by git until it is committed.
+    return [path.relative_to(root) for path in found if path.is_symlink() or path.is_file()]
+
+
+def _check_code(root: Path, files: list[Path]) -> None:
+    """Raises ConfigError."""
+    sizes: Counter[Path] = Counter()
+    for file in files:
+        link = next((place for place in (file, *file.parents) if (root / place).is_symlink()), None)
+        if link is not None:
+            raise ConfigError(f"{root / link} is a link, which does not go along with the job; put what it names there")
+        sizes[file.parent] += (root / file).stat().st_size
+    ((largest, size),) = sizes.most_common(1)
+    if sizes.total() > MOST_CODE_BYTES:
+        raise ConfigError(
+            f"the code of the job has {sizes.total() / 1e6:.0f} MB and may have {MOST_CODE_BYTES / 1e6:.0f}; "
+            f"{root / largest} has {size / 1e6:.0f} of them: keep data elsewhere, or let git ignore them"
+        )
 
 
 # Without a cloud ------------------------------------------------------------------------------------------------------
@@ -169,7 +230,8 @@ def _problems(shape: botocore.model.Shape, value: Any, where: str) -> Iterator[s
     size = value if shape.type_name in ("integer", "long", "float", "double") else None
     size = len(value) if shape.type_name in ("string", "list", "map") else size
     if size is not None and not limits.get("min", size) <= size <= limits.get("max", size):
-        yield f"{where}={value!r} is outside {limits.get('min', 0)} to {limits.get('max', 'any')}"
+        told = f" has {size} entries, which" if shape.type_name in ("list", "map") else f"={value!r}"
+        yield f"{where}{told} is outside {limits.get('min', 0)} to {limits.get('max', 'any')}"
     if shape.type_name == "string" and "pattern" in limits and not _fits(limits["pattern"], value):
         yield f"{where}={value!r} does not match {limits['pattern']}"
     if shape.type_name == "string" and limits.get("enum") and value not in limits["enum"]:

@@ -1,4 +1,4 @@
-"""What Amazon SageMaker's training toolkit hands to pretrain_atum.py, what it wants back, and what it reads in the log.
+"""What Amazon SageMaker's training toolkit hands to pretrain_atum.py, and what SageMaker reads in the log.
 
 The toolkit (sagemaker-training 5.1) starts torchrun on every host and passes the hyperparameters of the job as pairs
 `--key value`, sorted by key: also those without a value (`--key ''`), and flags (`--dry-run ''`). So a key of our
@@ -7,12 +7,9 @@ configuration, `section.key`, is a hyperparameter of that name, and `config` is 
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-LARGEST_REASON = 1024  # characters of the file that SageMaker shows as FailureReason
 _NUMBER = r"([0-9.e+-]+)"
 # By name, as in metrics.jsonl: what a line says that training/metrics.py prints for a step. SageMaker searches each
 # line of the log and takes the one group as a number, so a value that is not finite matches nothing.
@@ -68,15 +65,3 @@ def with_kept(environment: Mapping[str, str]) -> dict[str, str]:
 def kept(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables of the job's environment, with the values that they had before the toolkit."""
     return {name: environ[KEEPS + name] for name in FORCED if KEEPS + name in environ}
-
-
-def report_failure(reason: str, environ: Mapping[str, str]) -> None:
-    """Leave the reason where SageMaker looks for it, on a host of a job; elsewhere do nothing.
-
-    The toolkit writes the file if there is none, but knows only lines with the name of one of Python's own errors. The
-    first rank of a host that fails counts.
-    """
-    folder = environ.get("SM_OUTPUT_DIR")
-    if folder:
-        with contextlib.suppress(OSError), (Path(folder) / "failure").open("x") as file:
-            file.write(reason[:LARGEST_REASON])

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_atum.errors import first_line, listed
+from megatron_atum.errors import first_line, listed, report_failure
 
 DATA_THREAD = "data"  # its name begins with it
 POLL_S = 2.0  # between notes that the process lives
@@ -157,7 +157,9 @@ class Liveness:
         """End this process, whatever its training thread waits for."""
         what = f"failed after step {self.step}: {what}, in {self._place()}"
         self._quietly("atum/alarm", str(self.rank))
-        _print(self._report("failed", what, why))
+        said = self._report("failed", what, why)
+        _print(said)
+        report_failure(f"RankFailure: {said}", os.environ)
         _leave()
 
     def _why(self) -> str:

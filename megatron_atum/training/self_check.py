@@ -6,10 +6,8 @@ Legend: b rows, S tokens, I images of a row, N images of a microbatch.
 from __future__ import annotations
 
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ import torch.distributed as dist
 from megatron_atum import __version__
 from megatron_atum.batch import NO_IMAGE, Batch, image_slice, shift_labels
 from megatron_atum.checkpoint.optimizer_state import optimizer_shards
+from megatron_atum.config.revision import git_state
 from megatron_atum.config.schema import Config
 from megatron_atum.errors import ConfigError, first_line
 from megatron_atum.parallel.device import (
@@ -62,25 +61,6 @@ def describe(engine: Engine, shares: dict[str, float], weights_from: str) -> str
             f"data: shares of tokens: {mixture}",
         ]
     )
-
-
-def git_state(file: Path = Path(__file__)) -> str:
-    """Commit of the code, and whether it was changed since.
-
-    A package that is installed somewhere inside another repository is not tracked there, and has no commit.
-    """
-    folder = file.parent
-    try:
-        _git(folder, "ls-files", "--error-unmatch", file.name)
-        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-        return f"commit {commit}{', with changes' if _git(folder, 'status', '--porcelain', '-uno') else ''}"
-    except (OSError, subprocess.SubprocessError):
-        return "no git checkout"
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True, timeout=10)
-    return done.stdout.strip()
 
 
 def _versions() -> str:

@@ -1,7 +1,8 @@
 """Builds the Dockerfile with buildah on a stub of its base image, so that every RUN line is executed.
 
 The stub has busybox for a shell. pip, python, apt-get and curl are scripts that say how they were called, and do what
-the steps after them need; so is the EFA installer, which the stub's curl "downloads". Nothing leaves this machine.
+the steps after them need; so is the EFA installer, which the stub's curl "downloads". As in NVIDIA's images the
+entrypoint runs its arguments, and pip is constrained. Nothing leaves this machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 BASE = "localhost/stub"
 TORCH, OTHER_TORCH = "2.9.0a0+stub", "2.9.1"
+ENTRYPOINT = "/opt/nvidia/nvidia_entrypoint.sh"
 CALL = "stub: "
 
 # What a build argument asks of the stubs:
@@ -29,16 +31,25 @@ STUBS = {
     "usr/local/bin/apt-get": "",
     "usr/local/bin/curl": """case "$*" in *no-plugin*) touch /stub/no-plugin ;; esac
 while [ "$1" != -o ]; do shift; done; cp /stub/efa.tar.gz "$2\"""",
-    "usr/local/bin/pip": f"""for word; do case $word in *.txt) sed "s|^|{CALL}$word: |" "$word" >&2 ;; esac; done
+    "usr/local/bin/ldconfig": "",
+    ENTRYPOINT[1:]: 'exec "$@"',
+    "usr/local/bin/pip": f"""for word; do case $word in
+tools/*.txt) echo "{CALL}$word: $(grep -c "^[^#]*==" "$word") pins" >&2 ;;
+*.txt) sed "s|^|{CALL}$word: |" "$word" >&2 ;;
+esac; done
+case "$*" in *-r*) [ -z "$PIP_CONSTRAINT" ] || echo "{CALL}PIP_CONSTRAINT=$PIP_CONSTRAINT" >&2 ;; esac
+case "$*" in --python*) cp /stub/train /opt/sagemaker/bin ;; esac
 if [ "${{6:-x}}" != x ] && grep -q changes-torch "$6"; then
     sed -i 's/^torch==.*/torch=={OTHER_TORCH}/' /stub/versions
 fi""",
     "usr/local/bin/python": f"""case $1 in
 */base_versions.py) cat /stub/versions ;;
-*/requirements.py) echo 'numpy>=1.26' ;;
 -m) mkdir -p "$4/bin" && cp "$0" "$4/bin" ;;
-*/self_check.py) grep -qx 'torch=={TORCH}' base-versions.txt && [ -e pretrain_atum.py ] && [ -e tools/plan.py ] ;;
+*/self_check.py)
+    grep -qx 'torch=={TORCH}' base-versions.txt && [ -e pretrain_atum.py ] && [ -e tools/plan.py ] || exit 1
+    echo "{CALL}REVISION: $(cat megatron_atum/REVISION)" >&2 ;;
 esac""",
+    "stub/train": "",
     "efa/efa_installer.sh": """mkdir -p /opt/amazon/ofi-nccl/lib
 [ -e /stub/no-plugin ] || touch /opt/amazon/ofi-nccl/lib/libnccl-net-ofi.so""",
 }
@@ -71,7 +82,7 @@ class Builder:
     def make_stub(self) -> None:
         """The base image."""
         root = self.folder / "stub" / "root"
-        for folder in ("bin", "tmp", "stub", "usr/local/bin", "opt"):
+        for folder in ("bin", "tmp", "stub", "usr/local/bin"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         busybox = shutil.which("busybox")
         assert busybox is not None
@@ -81,17 +92,20 @@ class Builder:
             if applet != "busybox":
                 (root / "bin" / applet).symlink_to("busybox")
         for name, body in STUBS.items():
-            path = root / name if name.startswith("usr/") else self.folder / name
+            path = self.folder / name if name.startswith("efa/") else root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(stub_script(name, body))
             path.chmod(0o755)
-        (root / "stub" / "versions").write_text(f"torch=={TORCH}\ntransformer_engine==2.8.0\napex==0.1\n")
+        (root / "stub" / "versions").write_text(
+            f"torch=={TORCH}\ntransformer_engine==2.8.0\napex==0.1\nnumpy==1.26.4\n"
+        )
         archive = root / "stub" / "efa.tar.gz"
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(self.folder / "efa", "aws-efa-installer")
         self.efa_sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
         file = self.folder / "stub" / "Dockerfile"
-        file.write_text("FROM scratch\nCOPY root/ /\nENV PATH=/usr/local/bin:/bin LD_LIBRARY_PATH=/base/lib\n")
+        variables = "PATH=/usr/local/bin:/bin LD_LIBRARY_PATH=/base/lib PIP_CONSTRAINT=/etc/pip/constraint.txt"
+        file.write_text(f'FROM scratch\nCOPY root/ /\nENV {variables}\nENTRYPOINT ["{ENTRYPOINT}"]\n')
         done = self._bud(file, file.parent, BASE)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -109,6 +123,18 @@ class Builder:
         done = self._buildah("inspect", "--type", "image", "localhost/atum")
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout)["OCIv1"]["config"])
+
+    def run(self, *arguments: str) -> list[str]:
+        """A container of the image `atum`, started with these arguments. Returns the calls of the stubs."""
+        done = self._buildah("from", "--name", "atum-run", "--pull-never", "localhost/atum")
+        assert done.returncode == 0, done.stderr
+        try:
+            command = [*self.image()["Entrypoint"], *arguments]  # buildah itself leaves the entrypoint out
+            done = self._buildah("run", "--isolation", "chroot", "atum-run", "--", *command)
+            assert done.returncode == 0, done.stderr
+        finally:
+            self._buildah("rm", "atum-run")
+        return [line[len(CALL) :].rstrip() for line in (done.stdout + done.stderr).splitlines() if CALL in line[:6]]
 
     def _bud(self, file: Path, context: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
         policy = self.folder / "policy.json"

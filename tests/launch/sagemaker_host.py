@@ -4,7 +4,8 @@ One node is the cloud: moto's server answers for S3 and CreateTrainingJob there,
 are hosts. On each the toolkit's real `train` runs with the files, names and environment that the platform gives a
 container: /opt/ml with its configuration, the channels (an FSx file system is one folder for all hosts, a prefix of S3
 a copy), and /opt/ml/checkpoints, which is brought from S3 before the start and to S3 at the end. A host has mount, host
-name and process namespaces of its own; what it starts ends with it.
+name and process namespaces of its own; what it starts ends with it. Its host name is not the one of its configuration,
+algo-N, and nobody knows its address: that of a container is the platform's choice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,21 +35,40 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "examples" / "sagemaker" / "launch.py"
 TOOLKIT = ROOT / ".venvs" / "sagemaker-toolkit"
 OPT_ML = Path("/opt/ml")
+HOST_NAME = "aws"
 PORT = 5000
 TIMEOUT_S = 300.0
 AWS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_EC2_METADATA_DISABLED": "true"}
 IMAGE = {"SAGEMAKER_TRAINING_MODULE": "sagemaker_pytorch_container.training:main"}  # ENV of the Dockerfile
-# At its end each rank tells what it was called with and which variables it ended with.
+# At its end each rank tells what it was called with and which variables it ended with. With HELD=FOLDER it says there
+# that it has come to its fourth step, and goes no further.
 PROBE = """\
-import atexit, json, os, sys
+import atexit, json, os, sys, threading, time
 
 def tell():
-    if os.path.basename(sys.argv[0]) == "pretrain_atum.py":
-        code = getattr(sys.modules.get("megatron_atum"), "__file__", None)
-        with open(f"/opt/ml/output/rank-{os.environ['RANK']}.json", "w") as file:
-            json.dump({"argv": sys.argv[1:], "environ": dict(os.environ), "code": code}, file)
+    code = getattr(sys.modules.get("megatron_atum"), "__file__", None)
+    with open(f"/opt/ml/output/rank-{os.environ['RANK']}.json", "w") as file:
+        json.dump({"argv": sys.argv[1:], "environ": dict(os.environ), "code": code}, file)
 
-atexit.register(tell)
+def hold():
+    while not hasattr(sys.modules.get("megatron_atum.training.engine"), "Engine"):
+        time.sleep(0.05)
+    engine = sys.modules["megatron_atum.training.engine"].Engine
+    go_on, steps = engine.forward_backward, []
+
+    def held(*arguments):
+        steps.append(None)
+        if len(steps) == 4:
+            open(f"{os.environ['HELD']}/rank-{os.environ['RANK']}", "w").close()
+            threading.Event().wait()
+        return go_on(*arguments)
+
+    engine.forward_backward = held
+
+if os.path.basename(sys.argv[0]) == "pretrain_atum.py":
+    atexit.register(tell)
+    if "HELD" in os.environ:
+        threading.Thread(target=hold, daemon=True).start()
 """
 
 
@@ -59,7 +80,7 @@ def why_not() -> str | None:
     if shutil.which("unshare") is None:
         return "needs the program unshare (Debian: apt-get install util-linux)"
     try:
-        make_environment(TOOLKIT, Path(__file__).with_name("sagemaker_toolkit.txt"))
+        make_environment(TOOLKIT, ROOT / "tools" / "container" / "sagemaker_toolkit.txt")
     except ConfigError as error:
         return str(error).splitlines()[0]
     return None
@@ -201,7 +222,7 @@ class Cloud:
                 shared = self.file_systems[system["FileSystemId"]]
                 binds.append((shared, OPT_ML / "input" / "data" / channel["ChannelName"]))
         script = "".join(f"mount --bind '{source}' '{target}' && " for source, target in binds)
-        script = f"hostname {place.name} && {script}exec train"
+        script = f"hostname {HOST_NAME} && {script}exec train"
         path = [str(place / "programs"), str(TOOLKIT / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
         variables = {
             "PATH": os.pathsep.join(path),
@@ -233,15 +254,15 @@ class Cloud:
             self.bring(checkpoints["S3Uri"], local, up=up)
 
     def bring(self, uri: str, local: Path, *, up: bool) -> None:
-        """All files of a prefix in S3 to a folder, or back."""
+        """All files of a prefix in S3 to a folder, or back. As in SageMaker a prefix is a text, and not a folder."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if up:
             for file in sorted(path for path in local.rglob("*") if path.is_file()):
-                key = f"{prefix}/{file.relative_to(local)}"
+                key = f"{prefix}{file.relative_to(local)}"
                 self.call("s3", "upload_file", Filename=str(file), Bucket=bucket, Key=key)
             return
-        for entry in self.call("s3", "list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/").get("Contents", []):
-            file = local / entry["Key"].removeprefix(f"{prefix}/")
+        for entry in self.call("s3", "list_objects_v2", Bucket=bucket, Prefix=prefix).get("Contents", []):
+            file = local / entry["Key"].removeprefix(prefix).lstrip("/")
             file.parent.mkdir(parents=True, exist_ok=True)
             self.call("s3", "download_file", Bucket=bucket, Key=entry["Key"], Filename=str(file))
 
@@ -249,21 +270,27 @@ class Cloud:
 @contextlib.contextmanager
 def cloud(folder: Path, hosts: int, buckets: Sequence[str]) -> Iterator[Cloud]:
     """A cloud with so many hosts. `why_not` must have said that it can be."""
-    made = [path for path in (OPT_ML, OPT_ML.parent) if not path.exists()]
-    OPT_ML.mkdir(parents=True, exist_ok=True)  # hosts mount theirs over it
+    OPT_ML.mkdir(parents=True, exist_ok=True)  # hosts mount theirs over it; it stays, for others that do so
+    with (
+        _interrupted_by_sigterm(),
+        fake_nodes(hosts + 1) as nodes,
+        ThreadPoolExecutor(1, initializer=nodes.move_to, initargs=(hosts,)) as inside,
+    ):
+        here = Cloud(nodes, folder, inside)
+        with _moto(here):
+            for bucket in buckets:
+                here.call("s3", "create_bucket", Bucket=bucket)
+            yield here
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the tests as Ctrl-C does, so that no namespace is left behind."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with (
-            fake_nodes(hosts + 1) as nodes,
-            ThreadPoolExecutor(1, initializer=nodes.move_to, initargs=(hosts,)) as inside,
-        ):
-            here = Cloud(nodes, folder, inside)
-            with _moto(here):
-                for bucket in buckets:
-                    here.call("s3", "create_bucket", Bucket=bucket)
-                yield here
+        yield
     finally:
-        for path in made:
-            path.rmdir()
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

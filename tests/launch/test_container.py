@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from megatron_atum.errors import ConfigError, first_line
 from megatron_atum.launch.own_environment import make_environment
-from tests.launch.image_builder import CHANGES_TORCH, NO_PLUGIN, OTHER_TORCH, TORCH, Build, Builder
+from tests.launch.image_builder import CHANGES_TORCH, ENTRYPOINT, NO_PLUGIN, OTHER_TORCH, TORCH, Build, Builder
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
@@ -32,7 +35,10 @@ def lint(dockerfile: Path) -> subprocess.CompletedProcess[str]:
     """With the hadolint of the PATH, else of an environment that is made on first use."""
     program = shutil.which("hadolint")
     if program is None:
-        python = make_environment(ROOT / ".venvs" / "hadolint", Path(__file__).with_name("hadolint.txt"))
+        try:
+            python = make_environment(ROOT / ".venvs" / "hadolint", Path(__file__).with_name("hadolint.txt"))
+        except ConfigError as error:
+            pytest.skip(f"hadolint: {first_line(error)}")
         program = str(python.with_name("hadolint"))
     # Its own settings, not those of whoever runs this.
     command = [program, "--no-color", "--failure-threshold", "style", "--config", "/dev/null", str(dockerfile)]
@@ -78,27 +84,29 @@ def test_every_run_line_is_executed_with_its_arguments(full: Build) -> None:
     assert len([step for step in full.steps if step.startswith("RUN ")]) == len(run_lines()) == 4
     version, core = default_of("EFA_VERSION"), default_of("MEGATRON_CORE")
     installer = f"aws-efa-installer-{version}.tar.gz"
-    toolkit = f"sagemaker-training=={default_of('SAGEMAKER_TRAINING')}"
-    toolkit += f" sagemaker-pytorch-training=={default_of('SAGEMAKER_PYTORCH_TRAINING')}"
+    pinned = {name: len(pins_of(TOOLS / name)) for name in ("requirements.txt", "sagemaker_toolkit.txt")}
     assert full.calls == [
         f"curl -fsSL --retry 3 -o TMP/{installer} {default_of('EFA_URL')}/{installer}",
         "apt-get update",
-        "efa_installer.sh -y -g -d --skip-kmod --skip-limit-conf --no-verify",
+        "efa_installer.sh -y --skip-kmod --skip-limit-conf --no-verify",
+        "ldconfig",
         "python -m venv --without-pip /opt/sagemaker",
-        f"pip --python /opt/sagemaker/bin/python install --no-cache-dir {toolkit}",
+        "pip --python /opt/sagemaker/bin/python install --no-cache-dir -r tools/container/sagemaker_toolkit.txt",
+        f"tools/container/sagemaker_toolkit.txt: {pinned['sagemaker_toolkit.txt']} pins",
         "python -c import sagemaker_training.cli.train, sagemaker_pytorch_container.training",
         "python tools/container/base_versions.py",
-        f"python tools/container/requirements.py setup.py {core}",
         "pip install --no-cache-dir --no-deps --require-hashes -r TMP/megatron.txt",
         f"TMP/megatron.txt: megatron-core=={core} --hash=sha256:{default_of('MEGATRON_CORE_SHA256')}",
-        "pip install --no-cache-dir -c base-versions.txt -r TMP/requirements.txt",
+        "pip install --no-cache-dir --require-hashes -c base-versions.txt -r tools/container/requirements.txt",
         f"base-versions.txt: torch=={TORCH}",
         "base-versions.txt: transformer_engine==2.8.0",
         "base-versions.txt: apex==0.1",
-        "TMP/requirements.txt: numpy>=1.26",
+        "base-versions.txt: numpy==1.26.4",
+        f"tools/container/requirements.txt: {pinned['requirements.txt']} pins",
         "python tools/container/base_versions.py",
         "pip install --no-cache-dir --no-deps --no-build-isolation .",
         f"python tools/container/self_check.py --efa 1 --megatron-core {core}",
+        "REVISION: commit abc123",
     ]
 
 
@@ -111,7 +119,9 @@ def test_the_image_finds_the_plugin_first_and_says_what_it_is(full: Build, build
     labels = {name.rpartition("image.")[2]: text for name, text in config["Labels"].items() if "opencontainers" in name}
     assert labels["title"] == "Megatron-ATUM" and labels["licenses"] == "Apache-2.0"
     assert labels["revision"] == "abc123" and labels["base.name"] == "localhost/stub"
-    assert config["WorkingDir"] == "/opt/megatron-atum" and not config.get("Entrypoint")
+    assert config["WorkingDir"] == "/opt/megatron-atum"
+    assert config["Entrypoint"] == [ENTRYPOINT], "it makes CUDA run on older drivers"
+    assert builder.run("train") == ["nvidia_entrypoint.sh train", "train"], "what SageMaker starts"
 
 
 @pytest.mark.root
@@ -120,9 +130,11 @@ def test_a_build_without_efa_fetches_nothing(builder: Builder) -> None:
     assert build.code == 0, build.output
     assert not [call for call in build.calls if call.startswith(("curl", "apt-get", "efa_installer"))]
     assert not [call for call in build.calls if "sagemaker" in call]
-    assert (
-        build.calls[-1] == f"python tools/container/self_check.py --efa 0 --megatron-core {default_of('MEGATRON_CORE')}"
-    )
+    core = default_of("MEGATRON_CORE")
+    assert build.calls[-2:] == [
+        f"python tools/container/self_check.py --efa 0 --megatron-core {core}",
+        "REVISION: commit unknown",
+    ]
 
 
 @pytest.mark.root
@@ -156,7 +168,7 @@ def test_a_build_without_a_base_says_so(builder: Builder) -> None:
             ("1", "1.48.0", "", "https://x"),
             "EFA_SHA256 is empty. Download https://x/aws-efa-installer-1",
         ),
-        ("install_sagemaker.sh", ("yes", "5.1.4", "3.0.0"), "SAGEMAKER=yes must be 1 or 0"),
+        ("install_sagemaker.sh", ("yes",), "SAGEMAKER=yes must be 1 or 0"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(script: str, arguments: tuple[str, ...], said: str) -> None:
@@ -165,18 +177,59 @@ def test_arguments_that_make_no_sense_are_refused(script: str, arguments: tuple[
     assert done.returncode == 1 and said in done.stderr, done.stderr
 
 
+def test_the_build_is_sent_what_it_copies_and_nothing_else() -> None:
+    lines = (ROOT / ".dockerignore").read_text().split()
+    copied = [
+        word for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE.read_text(), re.MULTILINE) for word in line.split()
+    ]
+    assert lines[0] == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == {word.split("/")[0] for word in copied}
+
+
+# Pins -----------------------------------------------------------------------------------------------------------------
+
+
+def pins_of(file: Path) -> dict[str, str]:
+    """By the name that packages have on the index."""
+    found = re.findall(r"^([\w.-]+)==([\w.]+)", file.read_text(), re.MULTILINE)
+    pins = {canonicalize_name(name): version for name, version in found}
+    assert pins and len(pins) == len(found)
+    return pins
+
+
+def test_the_image_has_pins_with_checksums_for_all_that_setup_py_asks_for() -> None:
+    file = TOOLS / "requirements.txt"
+    pins = pins_of(file)
+    entries = re.split(r"^(?=\S+==)", file.read_text(), flags=re.MULTILINE)[1:]
+    assert len(entries) == len(pins)
+    assert all(re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry) for entry in entries)
+    asked = program(ROOT, "requirements.py", "setup.py", default_of("MEGATRON_CORE")).stdout.splitlines()
+    for requirement in map(Requirement, asked):
+        if requirement.name != "numpy":
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+    assert not {"torch", "megatron-core", "transformer-engine", "apex", "numpy", "setuptools"} & pins.keys()
+
+
+def test_the_pins_of_the_image_are_those_of_the_tests() -> None:
+    pins, tested = pins_of(TOOLS / "requirements.txt"), pins_of(ROOT / "constraints.txt")
+    other = {name for name, version in pins.items() if tested.get(name, version) != version}
+    assert not other, "make requirements.txt anew, as it says at its top"
+
+
 # The programs of the steps --------------------------------------------------------------------------------------------
 
 PACKAGES = {
     "torch": ("torch", "2.9.0a0+nv", 'import os\n__version__ = "2.9.0a0+nv"\n'),
     "transformer_engine": ("transformer_engine", "2.8.0", ""),
     "apex": ("apex", "0.1", ""),
+    "numpy": ("numpy", "1.26.4", ""),
     "megatron": ("megatron_core", "0.16.1", ""),
     "megatron_atum": ("megatron_atum", "0.1.0", ""),
     "transformers": ("transformers", "5.20.0", ""),
     "webdataset": ("webdataset", "1.0.2", ""),
 }
-ASKS = ["torch>=2.6", "megatron-core==0.16.1", "transformers<6,>=5.20", 'wandb>=0.17; extra == "logging"']
+ASKS = ["torch>=2.6", "megatron-core==0.16.1", "transformers<6,>=5.20", 'webdataset>=1; extra == "data"']
+ASKS += ['no-such-package; extra == "dev"']
 
 
 @pytest.fixture
@@ -190,8 +243,9 @@ def site(tmp_path: Path) -> Path:
         info = site / f"{package}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n{asks}")
-    (site / "megatron" / "core").mkdir()
-    (site / "megatron" / "core" / "__init__.py").write_text("")
+    for module in ("megatron/core/__init__.py", "transformer_engine/pytorch.py", "megatron_atum/training/run.py"):
+        (site / module).parent.mkdir(exist_ok=True)
+        (site / module).write_text("")
     return site
 
 
@@ -211,7 +265,7 @@ def change_version(site: Path, package: str, version: str) -> None:
 
 def test_base_versions_are_constraints_for_pip(site: Path) -> None:
     done = program(site, "base_versions.py")
-    assert done.stdout == "torch==2.9.0a0+nv\ntransformer_engine==2.8.0\napex==0.1\n"
+    assert done.stdout == "torch==2.9.0a0+nv\ntransformer_engine==2.8.0\napex==0.1\nnumpy==1.26.4\n"
     shutil.rmtree(next(site.glob("apex-*")))
     done = program(site, "base_versions.py")
     assert done.returncode == 1 and "no apex" in done.stderr and not done.stdout
@@ -230,7 +284,7 @@ def test_requirements_are_those_of_setup_py_beside_torch_and_megatron_core() -> 
 @pytest.fixture
 def image(site: Path, tmp_path: Path) -> list[str | Path]:
     """Arguments of self_check.py for an image in order. LD_LIBRARY_PATH is tmp_path/lib."""
-    (tmp_path / "held").write_text("torch==2.9.0a0+nv\ntransformer_engine==2.8.0\napex==0.1\n")
+    (tmp_path / "held").write_text("torch==2.9.0a0+nv\ntransformer_engine==2.8.0\napex==0.1\nnumpy==1.26.4\n")
     bin, lib = tmp_path / "amazon" / "efa" / "bin", tmp_path / "amazon" / "ofi-nccl" / "lib"
     bin.mkdir(parents=True)
     lib.mkdir(parents=True)
@@ -259,7 +313,9 @@ def test_an_image_in_order_passes(site: Path, image: list[str | Path]) -> None:
         ("torch", "2.10.0", "torch was 2.9.0a0+nv in the base image and is 2.10.0"),
         ("apex", "0.2", "apex was 0.1 in the base image and is 0.2"),
         ("megatron_core", "0.17.0", "megatron-core is 0.17.0, not 0.16.1"),
+        ("numpy", "2.4.6", "numpy was 1.26.4 in the base image and is 2.4.6"),
         ("transformers", "4.50.0", "and the image has 4.50.0"),
+        ("webdataset", "0.2.100", "and the image has 0.2.100"),
     ],
 )
 def test_a_version_that_is_another_is_named(
@@ -270,12 +326,21 @@ def test_a_version_that_is_another_is_named(
     assert done.returncode == 1 and said in done.stderr, done.stderr
 
 
-def test_an_import_that_fails_is_named(site: Path, image: list[str | Path]) -> None:
-    (site / "transformer_engine" / "__init__.py").write_text(
-        "raise OSError('libtransformer_engine.so: undefined symbol')"
-    )
+@pytest.mark.parametrize("module", ["transformer_engine", "transformer_engine.pytorch", "megatron_atum.training.run"])
+def test_an_import_that_fails_is_named(site: Path, image: list[str | Path], module: str) -> None:
+    path = site.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    file.write_text("raise OSError('libtransformer_engine.so: undefined symbol')")
     done = checked(site, image)
-    assert done.returncode == 1 and "transformer_engine cannot be imported: OSError" in done.stderr
+    assert done.returncode == 1 and f"{module} cannot be imported: OSError" in done.stderr
+
+
+def test_what_a_requirement_asks_for_must_be_there(site: Path, image: list[str | Path]) -> None:
+    (info,) = site.glob("transformers-*.dist-info")
+    with (info / "METADATA").open("a") as file:
+        file.write("Requires-Dist: numpy>=2\n")
+    done = checked(site, image)
+    assert done.returncode == 1 and "transformers asks for numpy>=2, and the image has 1.26.4" in done.stderr
 
 
 def test_the_plugin_must_be_efas(site: Path, image: list[str | Path], tmp_path: Path) -> None:

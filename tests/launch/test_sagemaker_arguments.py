@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -11,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_atum.config.cli import parse_arguments
-from megatron_atum.launch.sagemaker import METRICS, arguments, kept, report_failure, with_kept
-from megatron_atum.training.metrics import Terminal, read_metrics
-from tests.faults.runs import SMALL, data_overrides, make_data, metrics_of, run
+from megatron_atum.launch.sagemaker import METRICS, arguments, kept, with_kept
+from megatron_atum.training.metrics import Terminal
 
 ROOT = Path(__file__).parents[2]
 SOURCES = '[{"name": "a", "shards": "/data/a b/*.tar", "weight": null}, {"name": "it\'s", "shards": "x--y=z"}]'
@@ -97,23 +95,6 @@ def found_in(line: str) -> dict[str, float]:
     return {name: float(match[1]) for name, match in matches.items() if match}
 
 
-def test_metrics_of_a_real_run(tmp_path: Path) -> None:
-    data = make_data(tmp_path / "data")
-    overrides = [*SMALL, *data_overrides(data), "training.steps=3", "checkpoint.save_every=0", "logging.every=1"]
-    outcome = run(tmp_path / "runs", overrides, 1)
-    assert outcome.codes == [0], outcome.logs
-    found = [values for line in outcome.logs[0].splitlines() if (values := found_in(line))]
-    written = read_metrics(metrics_of(tmp_path / "runs"))
-    assert len(found) == len(written) == 3  # no other line of the log looks like a step
-    for values, line in zip(found, written, strict=True):
-        assert values["step"] == line["step"]
-        assert values["loss"] == pytest.approx(line["loss"], abs=5e-5)
-        assert values["z_loss"] == pytest.approx(line["z_loss"], abs=5e-3)
-        assert values["grad_norm"] == pytest.approx(line["grad_norm"], abs=5e-4)
-        assert values["lr"] == pytest.approx(line["lr"], rel=5e-3)
-        assert values["tokens_per_s_per_device"] == pytest.approx(line["tokens_per_s_per_device"], abs=0.5)
-
-
 @pytest.mark.parametrize("speed", [12.4, 468.0, 12345.6])
 def test_metrics_of_an_accelerator(speed: float, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"step": 20, "step_s": 1.0, "loss": 2.5, "z_loss": 40.25, "grad_norm": 0.125, "lr": 3.01e-5}
@@ -132,17 +113,7 @@ def test_numbers_that_are_not_finite_are_no_metrics(capsys: pytest.CaptureFixtur
     assert found_in(capsys.readouterr().out) == {"step": 2, "lr": 1e-3, "tokens_per_s_per_device": 5}
 
 
-# Failure --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_first_failure_of_a_host_is_reported(tmp_path: Path) -> None:
-    report_failure("nobody asked", {})
-    report_failure("no such host", {"SM_OUTPUT_DIR": str(tmp_path / "none")})
-    report_failure("ConfigError: " + "x" * 5000, {"SM_OUTPUT_DIR": str(tmp_path)})
-    report_failure("second", {"SM_OUTPUT_DIR": str(tmp_path)})
-    assert [path.name for path in tmp_path.iterdir()] == ["failure"]
-    text = (tmp_path / "failure").read_text()
-    assert text.startswith("ConfigError: xxx") and len(text) == 1024
+# Environment ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_environment_of_a_job_outlives_the_toolkit() -> None:
@@ -155,9 +126,3 @@ def test_the_environment_of_a_job_outlives_the_toolkit() -> None:
     }
     assert kept(rank) == {"NCCL_DEBUG": "INFO", "FI_PROVIDER": "tcp"}
     assert kept({}) == {} and with_kept({"A": "b"}) == {"A": "b"}
-
-
-def test_hyperparameters_are_json_for_the_toolkit() -> None:
-    """What launch.py sends is read back by json.loads and then str; strings survive it, other values change."""
-    for value in (SOURCES, "-1", "", "True", "[1, 2]", "3e-4"):
-        assert str(json.loads(json.dumps(value))) == value

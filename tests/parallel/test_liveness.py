@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -64,8 +66,10 @@ def test_a_host_that_waits_for_its_device_waits_for_others() -> None:
 # Several ranks -------------------------------------------------------------------------------------------------------
 
 
-def fall_out(rank: int, world_size: int, how: str) -> str | None:
-    """Rank 1 falls out; the others say what they think."""
+def fall_out(rank: int, world_size: int, how: str, folder: str) -> str | None:
+    """Rank 1 falls out; the others say what they think. Each as on a SageMaker host of its own."""
+    os.environ["SM_OUTPUT_DIR"] = f"{folder}/{rank}"
+    os.mkdir(os.environ["SM_OUTPUT_DIR"])
     liveness.POLL_S, liveness.DEAD_S, liveness.ALARM_S, liveness.REPORTS_S = 0.1, 1.0, 0.5, 1.0
     mine = Liveness(60.0, "health.step_timeout_s")
     mine.at(7)
@@ -99,14 +103,15 @@ def fall_out(rank: int, world_size: int, how: str) -> str | None:
         ("dead", "has not been heard of for 1 s: its process or node is gone"),
     ],
 )
-def test_a_rank_that_waits_in_vain_learns_of_it_and_ends(how: str, cause: str) -> None:
+def test_a_rank_that_waits_in_vain_learns_of_it_and_ends(how: str, cause: str, tmp_path: Path) -> None:
     """As over NCCL, where no collective fails before its timeout."""
-    said = run_distributed(fall_out, 3, how)
+    said = run_distributed(fall_out, 3, how, str(tmp_path))
     for rank in (0, 2):
         assert (
             said[rank].startswith(f"rank {rank} on ") and "failed after step 7: another rank has failed" in said[rank]
         )
         assert "rank 1 (step 7, host" in said[rank] and cause in said[rank], said[rank]
+        assert (tmp_path / str(rank) / "failure").read_text() == f"RankFailure: {said[rank]}"[:1024]
 
 
 def get_on(rank: int, world_size: int) -> tuple[list[str], bool]:

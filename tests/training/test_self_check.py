@@ -16,7 +16,7 @@ from megatron_atum.parallel.groups import start_distributed, stop_distributed
 from megatron_atum.parallel.random_state import random_state
 from megatron_atum.training import self_check
 from megatron_atum.training.engine import Engine
-from megatron_atum.training.self_check import describe, dry_step, git_state, largest_batch
+from megatron_atum.training.self_check import describe, dry_step, largest_batch
 from tests.distributed import run_distributed
 from tests.layouts import Degrees, build_engine, test_config
 from tests.model.cases import Case, reference
@@ -60,29 +60,6 @@ def test_a_run_says_what_it_is(path: Path) -> None:
     assert "optimizer: torch AdamW, sharded over data-parallel ranks" in text
     assert "a 25.00%, b 75.00%" in text and "weights: somewhere" in text
     assert f"torch {torch.__version__}, megatron-core 0.16.1" in text
-
-
-def test_the_state_of_the_code(tmp_path: Path) -> None:
-    code = tmp_path / "code.py"
-    assert git_state(code) == "no git checkout"
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    git("init", "-q")
-    code.write_text("1")
-    git("add", ".")
-    git("commit", "-qm", "one")
-    commit = git("rev-parse", "--short=12", "HEAD")
-    assert git_state(code) == f"commit {commit}"
-    code.write_text("2")
-    assert git_state(code) == f"commit {commit}, with changes"
-
-    installed = tmp_path / ".venv" / "package" / "code.py"
-    installed.parent.mkdir(parents=True)
-    installed.write_text("3")
-    assert git_state(installed) == "no git checkout", "the commit would be that of another project"
 
 
 # The trial -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import argparse
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-HELD = ("torch", "transformer_engine", "apex")  # built against each other, and against CUDA and NCCL of the image
+HELD = ("torch", "transformer_engine", "apex", "numpy")  # built against each other, and CUDA and NCCL of the image
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     if missing:
         sys.exit(
             f"base_versions: this Python has no {' and no '.join(missing)}; BASE must be a PyTorch image of the NGC "
-            "catalogue that has torch, Transformer Engine and apex"
+            "catalogue that has torch, Transformer Engine, apex and numpy"
         )
     print(*lines, sep="\n")
 

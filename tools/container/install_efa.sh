@@ -22,8 +22,8 @@ found=$(sha256sum "$folder/$archive" | cut -d' ' -f1)
 [ "$found" = "$sha256" ] || die "$url/$archive has SHA-256 $found, and not EFA_SHA256=$sha256"
 tar -xzf "$folder/$archive" -C "$folder"
 apt-get update
-# -y no questions, -g for GPUs, -d no debug symbols. The kernel's part belongs to the host; there is no device to try here.
-(cd "$folder/aws-efa-installer" && ./efa_installer.sh -y -g -d --skip-kmod --skip-limit-conf --no-verify)
+# -y: no questions. The kernel's part and its limits belong to the host; there is no device to try here.
+(cd "$folder/aws-efa-installer" && ./efa_installer.sh -y --skip-kmod --skip-limit-conf --no-verify)
 rm -rf "$folder" /var/lib/apt/lists/*
 
 # NCCL asks for libnccl-net.so. Some versions of the installer call it libnccl-net-ofi.so in NVIDIA's images.
@@ -31,3 +31,4 @@ plugin=$(find /opt/amazon/ofi-nccl -name 'libnccl-net*.so' | sort | head -n 1)
 [ -n "$plugin" ] || die "EFA $version has no plug-in for NCCL (libnccl-net*.so in /opt/amazon/ofi-nccl); take 1.47 or newer"
 name=$(dirname "$plugin")/libnccl-net.so
 [ -e "$name" ] || ln -s "$(basename "$plugin")" "$name"
+ldconfig

@@ -1,4 +1,5 @@
-"""Prints what setup.py asks for beside what the image gets otherwise, one requirement a line.
+"""Prints what setup.py asks for beside what the image gets otherwise, one requirement a line. From it requirements.txt
+is made, by the command at its top.
 
     python requirements.py SETUP_PY MEGATRON_CORE
 

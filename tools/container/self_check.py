@@ -13,13 +13,16 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-IMPORTS = ("torch", "transformer_engine", "apex", "megatron.core", "megatron_atum", "transformers", "webdataset")
+IMPORTS = ("torch", "transformer_engine", "transformer_engine.pytorch", "apex", "megatron.core", "transformers")
+IMPORTS += ("webdataset", "megatron_atum", "megatron_atum.training.run")
+EXTRAS = ("", "data", "logging")  # of megatron_atum that the image has
+OF_THE_BASE = ("torch", "megatron-core")  # what these ask for is not looked at: the base builds it in another way
 HELD = Path(__file__).resolve().parents[2] / "base-versions.txt"  # written before anything was installed
 PLUGIN = "libnccl-net.so"
 
@@ -48,12 +51,20 @@ def requirement_problems(core: str) -> Iterator[str]:
     """What megatron_atum asks for and the image does not have."""
     if installed("megatron-core") != core:
         yield f"megatron-core is {installed('megatron-core') or 'missing'}, not {core}"
-    for requirement in map(Requirement, requires("megatron_atum") or ()):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+    yield from missing_requirements("megatron_atum", EXTRAS, set())
+
+
+def missing_requirements(package: str, extras: Iterable[str], seen: set[str]) -> Iterator[str]:
+    """What a package asks for and what this asks for in turn, where the image does not have it."""
+    for requirement in map(Requirement, requires(package) or ()):
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
             continue
         found = installed(requirement.name)
         if found is None or not requirement.specifier.contains(found, prereleases=True):
-            yield f"megatron_atum asks for {requirement}, and the image has {found or 'none'}"
+            yield f"{package} asks for {requirement}, and the image has {found or 'none'}"
+        elif requirement.name not in OF_THE_BASE and str(requirement) not in seen:
+            seen.add(str(requirement))
+            yield from missing_requirements(requirement.name, ("", *requirement.extras), seen)
 
 
 def efa_problems(prefix: Path, search: str) -> Iterator[str]:
