@@ -1,391 +1,317 @@
-"""A training step of the real 9B model on one GPU, against Hugging Face's and against the card's own matrix products.
+"""ATUM-9B on one GPU against Hugging Face's implementation, against the card's own matrix products, and single ranks
+of ATUM-80B.
 
-Weights are random, everything else is the pretraining recipe: LLaMA, CLIP and head frozen, cross-attention, perceiver
-and added words train, bf16 weights with fp32 main parameters and gradients, clipping, AdamW. A step is two microbatches
-of full rows in which images begin at random places. Hugging Face's `IdeficsForVisionText2Text` runs in bf16 with scaled
-dot product attention, torch's fused AdamW on bf16 weights, and ready-made tensors; it pads every row to the images of
-the fullest. Model FLOPs are those of megatron_atum/flops.py, without recomputation and padded images.
+The 9B model at its real size with random weights, in the pretraining recipe (LLaMA, CLIP and head frozen), bf16. Our
+side is the engine of training: fp32 main weights and gradients, clipping, AdamW. A step is two microbatches of full
+rows in which images begin at random places; `fp8` runs have kernels.frozen_gemm=fp8. Hugging Face's
+`IdeficsForVisionText2Text` runs in bf16 with scaled dot product attention, torch's fused AdamW on bf16 weights, and
+ready-made tensors; it pads every row to the images of the fullest. Model FLOPs are those of megatron_atum/flops.py,
+without recomputation and padded images.
 
-    python benchmarks/gpu_step.py            # on CUDA: table, profile, benchmarks/results/gpu_step.json
-    python benchmarks/gpu_step.py --quick    # a tiny model on any device; writes nothing
+A shard is one rank of ATUM-80B in 512, in megatron-core's schedule of its stage, with real kernels; its other ranks do
+not exist (megatron_atum/parallel/fake.py), so nothing is waited for and what tensor ranks exchange is left out. Its
+rate is that of a microbatch, by the FLOPs of its stage: the time by which a step of 12 is longer than one of 4.
+
+    python benchmarks/gpu_step.py               # on CUDA: tables, profiles, benchmarks/results/gpu_step.json
+    python benchmarks/gpu_step.py --only NAME,NAME    # these rows (--list has the names); the others of the file stay
+    python benchmarks/gpu_step.py --quick       # tiny models on any device; writes nothing unless --out is given
+    python benchmarks/gpu_step.py --docs        # draws the tables of docs/performance.md from that file
+
+The file is written after every row; a run that fails has a row that says why, and the exit code is 1. `--only` adds to
+a file of the same GPU, code and versions only. `--tokens 4096` halves the rows of a microbatch, for cards of 80 GB.
 
 The ceiling is the rate of one large bf16 product (8192 tokens by the first matrix of the MLP) on random data in the
-same run. The predicted memory is that of a dry run (megatron_atum/planning) of the same case.
+same process. The predicted memory is that of a dry run (megatron_atum/planning) of the same case; dry runs take place
+beside the first warm-up, in processes of their own, before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import gc
 import json
-import statistics
+import os
 import sys
-import time
-import warnings
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 import megatron.core
 import torch
 import transformers
-from torch import Tensor, nn
 
-from benchmarks.step import Shape, hf_inputs, make_batch
-from megatron_atum.batch import Batch
-from megatron_atum.checkpoint.hf_config import to_hf
-from megatron_atum.config.schema import Config
+from benchmarks.gpu_step_cases import HF, HF_SAVING, SHARD_FEW, SHARD_MICROBATCHES, TOKENS, Run, full_plan, quick_plan
+from benchmarks.gpu_step_cases import sides as by_side
+from benchmarks.gpu_step_docs import redraw
+from benchmarks.gpu_step_measure import Profile, Wait, measure_ceiling, median_of, profile, release, timed, waits
+from benchmarks.gpu_step_predict import Predictions, cluster_like, planned_microbatch_s, stage_flops
+from benchmarks.gpu_step_results import (
+    RESULTS,
+    About,
+    Results,
+    Row,
+    Target,
+    code_version,
+    differences,
+    empty_row,
+    failed,
+    targets,
+)
+from benchmarks.gpu_step_sides import LoneShard, Side, opened
 from megatron_atum.flops import Work, model_flops
-from megatron_atum.parallel.device import (
-    device,
-    device_name,
-    has_accelerator,
-    hide_accelerators,
-    memory_gib,
-    peak_flops,
-    profiler_activities,
-    reset_peak_memory,
-    wait_for_device,
-)
-from megatron_atum.parallel.groups import build_groups, start_distributed, stop_distributed
-from megatron_atum.parallel.layout import ParallelLayout
-from megatron_atum.parallel.spawn import spawn
-from megatron_atum.parallel.stopwatch import Stopwatch
-from megatron_atum.planning.cluster import load_cluster
-from megatron_atum.planning.dry_run import dry_run
-from megatron_atum.planning.measured import MICROBATCHES, recipe_of
-from megatron_atum.training.engine import Engine
-
-RESULTS = Path(__file__).with_name("results") / "gpu_step.json"
-OURS, HF, HF_SAVING = "this project", "Hugging Face", "Hugging Face, gradient checkpointing"
+from megatron_atum.parallel.device import device_name, has_accelerator, memory_gib, peak_flops, reset_peak_memory
+from megatron_atum.planning.measured import MICROBATCHES
+from megatron_atum.training.self_check import git_state
 
 
 @dataclass(frozen=True)
-class Case:
-    length: int
-    images: tuple[int, ...]  # of each row of a microbatch
+class Bench:
+    """What all measurements share."""
 
-    @property
-    def rows(self) -> int:
-        return len(self.images)
-
-    def __str__(self) -> str:
-        counts = set(self.images)
-        return str(self.images[0]) if len(counts) == 1 else ", ".join(map(str, self.images))
+    steps: int  # of which the median counts
+    ceiling: float | None  # FLOP/s
+    predictions: Predictions
 
 
-CASES = (
-    Case(2048, (11,) * 4),
-    Case(2048, (1,) * 4),
-    Case(2048, (38,) * 4),
-    Case(2048, (2, 5, 10, 27)),  # 11 on average
-    Case(1024, (1,) * 8),
-    Case(1024, (11,) * 8),
-    Case(1024, (38,) * 8),
-)
-AGAINST_HF = ((CASES[0], False), (CASES[0], True), (CASES[3], False))
-TINY = (Case(64, (2, 2)), Case(64, (1, 3)))
+class Kernels:
+    """A training run has one length, for which its kernels are generated; so has each run here."""
+
+    def __init__(self) -> None:
+        self._sizes: object = None
+
+    def begin(self, run: Run) -> None:
+        if run.sizes != self._sizes:
+            torch._dynamo.reset()
+        self._sizes = run.sizes
 
 
-@dataclass(frozen=True)
-class Row:
-    who: str
-    length: int
-    images: str  # of a row, or of each
-    rows: int  # of a microbatch
-    step_s: float
-    tokens_per_s: float
-    model_tflops: float
-    of_peak: float | None
-    of_ceiling: float | None
-    peak_gib: float
-    predicted_gib: float | None = None
-    vision_share: float | None = None
+def measure_all(runs: Sequence[Run], bench: Bench, results: Results) -> None:
+    kernels = Kernels()
+    for group in by_side(runs):
+        measure_side(group, bench, results, kernels)
 
 
-def random_batch(config: Config, case: Case) -> Batch:
-    return make_batch(Shape(to_hf(config.model), case.length), case.images)
+def measure_side(runs: Sequence[Run], bench: Bench, results: Results, kernels: Kernels) -> None:
+    """Runs that share a model. One that fails takes the model along, not the others."""
+    waiting = list(runs)
+    while waiting:
+        try:
+            measure_waiting(waiting, bench, results, kernels)
+        except Exception as error:
+            traceback.print_exc()
+            run = waiting.pop(0)
+            results.add(failed(run, error))
+            show(results.rows[run.name])
+        release()  # the model is no variable here
 
 
-def fill(module: nn.Module) -> None:
-    """Random matrices; vectors (norms, gates, biases) are 1."""
-    generator = torch.Generator(device=device()).manual_seed(0)
-    for parameter in module.parameters():
-        if parameter.dim() < 2:
-            nn.init.ones_(parameter)
-        else:
-            nn.init.normal_(parameter, std=0.02, generator=generator)
+def measure_waiting(waiting: list[Run], bench: Bench, results: Results, kernels: Kernels) -> None:
+    """Takes away what is done."""
+    with opened(waiting[0]) as side:
+        while waiting:
+            kernels.begin(waiting[0])
+            results.add(*measure(side, waiting[0], bench))
+            show(results.rows[waiting.pop(0).name])
 
 
-# The two sides --------------------------------------------------------------------------------------------------------
-
-
-class Ours:
-    def __init__(self, case: Case, preset: str) -> None:
-        self.config = recipe_of(preset, case.length, case.rows)
-        self.groups = build_groups(ParallelLayout.from_config(self.config, 1))
-        self.engine = Engine(self.config, self.groups)
-        for stage in self.engine.stages:
-            fill(stage)
-        self.engine.build_optimizer()
-        self.batches = [random_batch(self.config, case)] * MICROBATCHES
-        self.vision = Stopwatch()
-        self._watch(self.engine.stages[0].vision)
-
-    def step(self) -> float:
-        return self.engine.step(self.batches).losses["loss"]
-
-    def _watch(self, vision: nn.Module) -> None:
-        encode = vision.encode_shared
-
-        def watched(*arguments: Any) -> Tensor:
-            with self.vision.running():
-                return encode(*arguments)
-
-        vision.encode_shared = watched
-
-
-class HuggingFace:
-    def __init__(self, case: Case, preset: str, *, checkpointing: bool) -> None:
-        self.config = recipe_of(preset, case.length, case.rows)
-        hf = transformers.IdeficsConfig(**to_hf(self.config.model))
-        hf._attn_implementation = "sdpa"
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16 if has_accelerator() else torch.float32)
-        with device():
-            self.model = transformers.IdeficsForVisionText2Text(hf).train()
-        torch.set_default_dtype(before)
-        fill(self.model)
-        if checkpointing:
-            self.model.gradient_checkpointing_enable()
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        o = self.config.optimizer
-        self.optimizer = torch.optim.AdamW(self.trained, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay, fused=True)
-        batch = random_batch(self.config, case)
-        self.inputs = {name: tensor.to(device()) for name, tensor in hf_inputs(batch).items()}
-        self.labels = batch.labels.to(device())
-
-    def step(self) -> float:
-        self.optimizer.zero_grad()
-        total = torch.zeros((), device=device())
-        for _ in range(MICROBATCHES):
-            logits = self.model(**self.inputs, use_cache=False).logits
-            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), self.labels.flatten())
-            (loss / MICROBATCHES).backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.clip_grad)
-        self.optimizer.step()
-        return float(total) / MICROBATCHES
-
-
-# Measuring ------------------------------------------------------------------------------------------------------------
-
-
-def timed(step: Callable[[], Any]) -> float:
-    wait_for_device()
-    start = time.perf_counter()
-    step()
-    wait_for_device()
-    return time.perf_counter() - start
-
-
-def measure(who: str, side: Ours | HuggingFace, case: Case, steps: int, ceiling: float | None) -> Row:
+def measure(side: Side, run: Run, bench: Bench) -> tuple[Row, Profile | None, list[Wait] | None]:
+    side.use(run)
     for _ in range(2):
         side.step()
+    bench.predictions.wait()
     reset_peak_memory()
-    seconds = statistics.median(timed(side.step) for _ in range(steps))
-    work = Work(case.rows * MICROBATCHES, case.length, sum(case.images) * MICROBATCHES)
-    rate = model_flops(side.config.model, work).total / seconds
-    peak = peak_flops(torch.bfloat16)
-    return Row(
-        who=who,
-        length=case.length,
-        images=str(case),
-        rows=case.rows,
-        step_s=seconds,
-        tokens_per_s=work.tokens / seconds,
+    seconds = median_of(bench.steps, side.step)
+    row = replace(empty_row(run), step_s=seconds, peak_gib=memory_gib() if has_accelerator() else None)
+    if isinstance(side, LoneShard):
+        row = with_rate(row, shard_flops(run), microbatch_s(side, seconds, bench.steps), bench.ceiling)
+    else:
+        work = Work(run.case.rows * MICROBATCHES, run.case.length, sum(run.case.images) * MICROBATCHES)
+        row = with_rate(row, model_flops(side.config.model, work).total, seconds, bench.ceiling)
+        row = replace(row, tokens_per_s=work.tokens / seconds, vision_share=vision_share(side))
+    row = with_planned(row, run)
+    if run.who in (HF, HF_SAVING):
+        return row, None, None
+    prediction, why_not = bench.predictions.of(run)
+    row = replace(row, predicted_gib=prediction.gib if prediction else None, error=why_not)
+    if not run.profiled:
+        return row, None, None
+    found, places = profiled(side)
+    if prediction:
+        share = SHARD_FEW / SHARD_MICROBATCHES if run.shard else 1.0  # of the step that is predicted
+        row = with_products(row, prediction.product_flops * share / found.product_seconds)
+    return row, found, places
+
+
+def microbatch_s(side: LoneShard, step_s: float, steps: int) -> float:
+    side.short_step()
+    return (step_s - median_of(steps, side.short_step)) / (SHARD_MICROBATCHES - SHARD_FEW)
+
+
+def shard_flops(run: Run) -> float:
+    assert run.shard is not None
+    return stage_flops(run.config(), run.layout(), run.shard.stage, sum(run.case.images))
+
+
+def with_rate(row: Row, flops: float, seconds: float, ceiling: float | None) -> Row:
+    """Args: flops, seconds: of the step, or of a shard's microbatch."""
+    rate, peak = flops / seconds, peak_flops(torch.bfloat16)
+    return replace(
+        row,
+        microbatch_s=seconds if seconds != row.step_s else None,
         model_tflops=rate / 1e12,
         of_peak=rate / peak if peak else None,
         of_ceiling=rate / ceiling if ceiling else None,
-        peak_gib=memory_gib(),
+        ceiling_tflops=ceiling / 1e12 if ceiling else None,
     )
 
 
-def measure_ceiling() -> float | None:
-    """FLOP/s of one large bf16 product, the median of ten times twenty."""
-    if not has_accelerator():
+def vision_share(side: Side) -> float | None:
+    if side.vision is None:
         return None
-    rows, inner, outer = 8192, 4096, 22016
-    a = torch.randn(rows, inner, device=device(), dtype=torch.bfloat16)
-    b = torch.randn(outer, inner, device=device(), dtype=torch.bfloat16)
-
-    def products() -> None:
-        for _ in range(20):
-            a @ b.t()
-
-    products()
-    return 20 * 2 * rows * inner * outer / statistics.median(timed(products) for _ in range(10))
+    side.vision.take()
+    seconds = timed(side.step)
+    return side.vision.take() / seconds
 
 
-def predicted_gib(rank: int, cases: tuple[Case, ...], preset: str) -> list[float]:
-    """Of our side, without a device. In a process of its own."""
-    hide_accelerators()
-    one = replace(load_cluster("laptop"), nodes=1, devices_per_node=1)
-    found = []
-    for case in cases:
-        config = recipe_of(preset, case.length, case.rows)
-        config.training.precision = "bf16"
-        found.append(dry_run(config, one, 0, list(case.images)).memory.total / 2**30)
-    return found
+def with_planned(row: Row, run: Run) -> Row:
+    """What the planner assumes of this device. For bf16 only: it knows no other products."""
+    cluster = cluster_like(device_name())
+    if cluster is None or run.frozen_gemm != "bf16":
+        return row
+    planned = planned_microbatch_s(run, run.shard, cluster) if run.shard else None
+    assumed = cluster.device.gemm_efficiency if run.profiled else None
+    return replace(row, planned_microbatch_s=planned, assumed_of_peak=assumed)
 
 
-def profile(step: Callable[[], Any]) -> tuple[str, float]:
-    """The operations that take longest, and the share of matrix products in all time of the device."""
-    with torch.profiler.profile(activities=profiler_activities()) as profiler:
-        step()
-        wait_for_device()
-    by = "self_device_time_total" if has_accelerator() else "self_cpu_time_total"
-    averages = profiler.key_averages()
-    times = {one.key: getattr(one, by) for one in averages if one.key.startswith("aten::") or not has_accelerator()}
-    every = sum(getattr(one, by) for one in averages if not (has_accelerator() and one.key.startswith("aten::")))
-    products = sum(times.get(f"aten::{name}", 0.0) for name in ("mm", "addmm", "bmm", "baddbmm"))
-    return averages.table(sort_by=by, row_limit=45, max_name_column_width=90), products / every
+def with_products(row: Row, rate: float) -> Row:
+    """Args: rate: FLOP/s of matrix products while they run."""
+    peak = peak_flops(torch.bfloat16)
+    return replace(row, products_tflops=rate / 1e12, products_of_peak=rate / peak if peak else None)
 
 
-def waits(step: Callable[[], Any]) -> list[str]:
-    """Where the host waits for the device in a step, and how often."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    found = Counter(
-        f"{'/'.join(Path(one.filename).parts[-3:])}:{one.lineno}"
-        for one in caught
-        if "called a synch" in str(one.message)
-    )
-    return [f"{place} ({number})" for place, number in found.items()]
-
-
-def our_row(case: Case, preset: str, steps: int, ceiling: float | None) -> tuple[Row, Ours]:
-    ours = Ours(case, preset)
-    row = measure(OURS, ours, case, steps, ceiling)
-    ours.vision.take()
-    seconds = timed(ours.step)
-    return replace(row, vision_share=ours.vision.take() / seconds), ours
-
-
-def their_row(case: Case, preset: str, steps: int, ceiling: float | None, checkpointing: bool) -> Row | None:
-    """None where it does not fit."""
-    who = HF_SAVING if checkpointing else HF
-    try:
-        return measure(who, HuggingFace(case, preset, checkpointing=checkpointing), case, steps, ceiling)
-    except torch.OutOfMemoryError as error:
-        print(f"{who}, {case} images: {error}", file=sys.stderr)
-        return None
-
-
-def release() -> None:
-    gc.collect()
-    if has_accelerator():
-        torch.cuda.empty_cache()
+def profiled(side: Side) -> tuple[Profile, list[Wait]]:
+    step = side.short_step if isinstance(side, LoneShard) else side.step
+    places = waits(step)
+    found = profile(step)
+    print(found.table)
+    print(f"the host waits at: {', '.join(map(str, places)) or 'nothing'}")
+    return found, places
 
 
 # Report ---------------------------------------------------------------------------------------------------------------
 
-HEADER = f"{'':37}{'length':>6}{'images':>14}{'rows':>5}{'step s':>8}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU':>8}"
-HEADER += f"{'ceiling':>8}{'GiB':>7}{'dry run':>8}{'vision':>8}"
+HEADER = f"{'':24}{'length':>6}{'images':>14}{'rows':>5}{'step s':>8}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU':>7}"
+HEADER += f"{'ceiling':>8}{'GiB':>7}{'dry run':>8}{'vision':>7}{'products':>9}{'assumed':>8}{'planned':>8}"
 
 
 def show(row: Row) -> None:
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1%}"
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
 
-    predicted = "-" if row.predicted_gib is None else f"{row.predicted_gib:.1f}"
+    planned = row.microbatch_s / row.planned_microbatch_s if row.microbatch_s and row.planned_microbatch_s else None
     print(
-        f"{row.who:37}{row.length:6}{row.images:>14}{row.rows:5}{row.step_s:8.3f}{row.tokens_per_s:10.0f}"
-        f"{row.model_tflops:9.1f}{share(row.of_peak):>8}{share(row.of_ceiling):>8}{row.peak_gib:7.1f}{predicted:>8}"
-        f"{share(row.vision_share):>8}",
+        f"{row.name:24}{row.length:6}{row.images:>14}{row.rows:5}{number(row.step_s, '.3f'):>8}"
+        f"{number(row.tokens_per_s, '.0f'):>10}{number(row.model_tflops, '.1f'):>9}{number(row.of_peak, '.1%'):>7}"
+        f"{number(row.of_ceiling, '.1%'):>8}{number(row.peak_gib, '.1f'):>7}{number(row.predicted_gib, '.1f'):>8}"
+        f"{number(row.vision_share, '.1%'):>7}{number(row.products_of_peak, '.1%'):>9}"
+        f"{number(row.assumed_of_peak, '.1%'):>8}{number(planned, '.2f'):>8}"
+        f"{'  ' + row.error if row.error else ''}",
         flush=True,
     )
 
 
+def show_target(target: Target) -> None:
+    verdict = {None: "not measured", True: "met", False: "missed"}[target.met]
+    print(f"{'stretch' if target.stretch else 'target':8}{target.what}: {target.wanted}; {target.found}: {verdict}")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model, two cases, nothing written")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each case, of which the median counts")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    if not has_accelerator() and not arguments.quick:
-        print("gpu_step.py needs a CUDA device; --quick runs a tiny model anywhere", file=sys.stderr)
+    arguments = parse()
+    if arguments.docs:
+        redraw(json.loads(arguments.out.read_text()))
+        return 0
+    runs = quick_plan() if arguments.quick else full_plan(arguments.tokens)
+    if arguments.list:
+        print("\n".join(run.name for run in runs))
+        return 0
+    names = arguments.only.split(",") if arguments.only else [run.name for run in runs]
+    if unknown := sorted(set(names) - {run.name for run in runs}):
+        print(f"--only: there is no {', '.join(unknown)}; --list has the names", file=sys.stderr)
         return 2
-    preset, cases = ("tiny", TINY) if arguments.quick else ("atum-9b", CASES)
-    (predicted,) = spawn(predicted_gib, 1, cases, preset)
-    start_distributed()
-    ceiling = measure_ceiling()
-    print(
-        f"{device_name()}, torch {torch.__version__}" + (f", ceiling {ceiling / 1e12:.0f} TFLOP/s" if ceiling else "")
-    )
-    print(HEADER)
-    rows: list[Row] = []
-    for case, gib in zip(cases, predicted, strict=True):
-        row, ours = our_row(case, preset, arguments.steps, ceiling)
-        rows.append(replace(row, predicted_gib=gib))
-        show(rows[-1])
-        if case is cases[0]:
-            table, products = profile(ours.step)
-            places = waits(ours.step) if has_accelerator() else []
-        del ours
-        release()
-    for case, checkpointing in ((cases[0], True),) if arguments.quick else AGAINST_HF:
-        theirs = their_row(case, preset, arguments.steps, ceiling, checkpointing)
-        release()
-        if theirs is not None:
-            rows.append(theirs)
-            show(theirs)
-    stop_distributed()
-    print(f"the host waits for the device at: {', '.join(places) or 'nothing'}\n{table}")
-    result = report(rows, ceiling, arguments.steps, products, places)
-    if not arguments.quick:
-        arguments.out.parent.mkdir(exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-    return 0
+    if not has_accelerator() and not arguments.quick:
+        print("gpu_step.py needs a CUDA device; --quick runs tiny models anywhere", file=sys.stderr)
+        return 2
+    about = about_this(arguments)
+    earlier = earlier_file(arguments, about)
+    if isinstance(earlier, str):
+        print(earlier, file=sys.stderr)
+        return 2
+    results = Results(about, arguments.out, earlier)
+    measure_these([run for run in runs if run.name in names], arguments, results)
+    content = results.content()
+    print(f"\n{HEADER}")
+    for row in results.rows.values():
+        show(row)
+    for target in targets(content):
+        show_target(target)
+    print(json.dumps(content))
+    return int(any(row.error for row in results.rows.values()))
 
 
-def report(rows: list[Row], ceiling: float | None, steps: int, products: float, places: list[str]) -> dict[str, Any]:
-    ours = {(row.length, row.images): row for row in rows if row.who == OURS}
-    theirs: dict[tuple[int, str], float] = {}
-    for row in rows:
-        if row.who != OURS:
-            key = (row.length, row.images)
-            theirs[key] = max(row.tokens_per_s, theirs.get(key, 0.0))
-    return {
-        "date": datetime.date.today().isoformat(),
-        "gpu": device_name(),
-        "versions": {
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="tiny models, nothing written")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each run, of which the median counts")
+    parser.add_argument("--only", help="names of rows to measure, with commas between them")
+    parser.add_argument("--list", action="store_true", help="the names of all rows")
+    parser.add_argument("--tokens", type=int, choices=TOKENS, default=TOKENS[0], help="of a microbatch of the 9B model")
+    parser.add_argument("--out", type=Path, help=f"file of the results (default {RESULTS.name} beside the others)")
+    parser.add_argument("--docs", action="store_true", help="only draw the tables of docs/performance.md")
+    arguments = parser.parse_args()
+    if arguments.out is None and not arguments.quick:
+        arguments.out = RESULTS
+    return arguments
+
+
+def about_this(arguments: argparse.Namespace) -> About:
+    peak = peak_flops(torch.bfloat16)
+    return About(
+        gpu=device_name(),
+        versions={
             "torch": torch.__version__,
             "megatron-core": megatron.core.__version__,
             "transformers": transformers.__version__,
         },
-        "command": " ".join(["python benchmarks/gpu_step.py", *sys.argv[1:]]),
-        "steps": steps,
-        "ceiling_tflops": None if ceiling is None else ceiling / 1e12,
-        "over_best_hf": {
-            f"{length} tokens, {images} images": ours[length, images].tokens_per_s / best
-            for (length, images), best in theirs.items()
-        },
-        "share_of_products": products,
-        "host_waits": places,
-        "rows": [asdict(row) for row in rows],
-    }
+        code=code_version(),
+        tokens_of_microbatch=arguments.tokens,
+        steps=arguments.steps,
+        commit=git_state(),
+        command=" ".join(["python benchmarks/gpu_step.py", *sys.argv[1:]]),
+        peak_tflops=peak / 1e12 if peak else None,
+    )
+
+
+def earlier_file(arguments: argparse.Namespace, about: About) -> dict | str | None:
+    """What --only adds to; a text if it cannot."""
+    if not arguments.only or arguments.out is None or not arguments.out.exists():
+        return None
+    content = json.loads(arguments.out.read_text())
+    if different := differences(about, content):
+        return f"--only cannot add to {arguments.out}: {'; '.join(different)}; --out FILE begins another file"
+    return content
+
+
+def measure_these(runs: Sequence[Run], arguments: argparse.Namespace, results: Results) -> None:
+    predictions = Predictions(runs, 1 if arguments.quick else max(1, (os.cpu_count() or 1) // 2))
+    try:
+        ceiling = measure_ceiling()
+        print(f"{device_name()}, torch {torch.__version__}, ceiling {ceiling / 1e12 if ceiling else 0:.0f} TFLOP/s")
+        print(HEADER)
+        measure_all(runs, Bench(arguments.steps, ceiling, predictions), results)
+    finally:
+        predictions.close()
 
 
 if __name__ == "__main__":

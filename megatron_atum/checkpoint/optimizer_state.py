@@ -27,7 +27,7 @@ class OptimizerShard:
     main: Tensor  # what the inner optimizer updates
     start: int
     stop: int
-    inner: torch.optim.Optimizer
+    inner: torch.optim.Optimizer  # torch's AdamW, or another FusedAdam (kernels.adam)
     group: dict[str, Any]
 
     @property
@@ -38,6 +38,11 @@ class OptimizerShard:
     @property
     def whole(self) -> bool:
         return self.stop - self.start == self.parameter.numel()
+
+    @property
+    def counts_per_group(self) -> bool:
+        """Whether all parameters of the group share one counter, as with Apex and Transformer Engine."""
+        return not isinstance(self.inner, torch.optim.Adam)
 
     @property
     def step(self) -> int:
@@ -56,19 +61,19 @@ class OptimizerShard:
         self.group.pop("step", None)  # of optimizers that count per group
 
     def start_moments(self, step: int) -> dict[str, Tensor]:
-        """New moments as after `step` updates, to be filled. Every parameter gets a counter of its own."""
+        """New moments as after `step` updates, to be filled."""
         moments = {name: torch.zeros_like(self.main, memory_format=torch.contiguous_format) for name in MOMENTS}
-        if isinstance(self.inner, torch.optim.Adam | torch.optim.AdamW):
-            device = self.main.device if self.group.get("fused") else None  # as torch makes it
-            self.inner.state[self.main] = {"step": torch.tensor(float(step), device=device), **moments}
-        else:  # apex and Transformer Engine count per group
+        if self.counts_per_group:
             self.inner.state[self.main] = dict(moments)
             self.group["step"] = step
+        else:  # a counter of its own
+            device = self.main.device if self.group.get("fused") else None  # as torch makes it
+            self.inner.state[self.main] = {"step": torch.tensor(float(step), device=device), **moments}
         return {name: value.view(-1) for name, value in moments.items()}
 
 
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """torch's (or apex's) optimizers inside megatron-core's."""
+    """Those inside megatron-core's: torch's, Apex's or Transformer Engine's."""
     return [part.optimizer for part in parts_of(optimizer)]
 
 

@@ -194,16 +194,16 @@ def load_optimizer(tensors: RankTensors, stored: StoredCheckpoint) -> None:
     What was never updated in the checkpoint has no moments after this, also amid a run.
 
     Raises:
-        CheckpointError: a weight that trains has no optimizer state in the checkpoint.
+        CheckpointError: a weight that trains has no optimizer state in the checkpoint; or kernels.adam cannot go on
+            with it.
     """
     groups, index, steps = tensors.groups, stored.reader.index, stored.state.optimizer_steps
     shards = optimizer_shards(tensors.optimizer)
+    _check_counters(shards, tensors, stored)
     for shard in shards:  # all of them first: some optimizers share a counter among the weights of a group
         shard.forget()
     for shard in shards:
         row = tensors.row(shard)
-        if row.hf[0] not in steps:
-            raise CheckpointError(f"{stored.folder} holds no optimizer state of {row.hf[0]}, which this run trains")
         step = steps[row.hf[0]]
         values = shard.start_moments(step) if step else {}
         if shard.has_main:
@@ -218,6 +218,22 @@ def load_optimizer(tensors: RankTensors, stored: StoredCheckpoint) -> None:
                     key = hf  # saved by a run whose weights were as precise
                 view = replace(box, start=box.start - shard.start).view(flat)
                 view.copy_(_read(stored, key, row.shapes[box.part], box).reshape(view.shape))
+
+
+def _check_counters(shards: list[OptimizerShard], tensors: RankTensors, stored: StoredCheckpoint) -> None:
+    """Each weight that trains has a counter in the checkpoint, and those that share one have the same."""
+    steps = stored.state.optimizer_steps
+    of_groups: dict[int, int] = {}
+    for shard in shards:
+        name = tensors.row(shard).hf[0]
+        if name not in steps:
+            raise CheckpointError(f"{stored.folder} holds no optimizer state of {name}, which this run trains")
+        of_group = of_groups.setdefault(id(shard.group), steps[name]) if shard.counts_per_group else steps[name]
+        if of_group != steps[name]:
+            raise CheckpointError(
+                f"{stored.folder} has weights of one parameter group after {of_group} and {steps[name]} updates "
+                f"({name}), and the AdamW of kernels.adam counts once for each group; kernels.adam=torch can go on"
+            )
 
 
 def _read(stored: StoredCheckpoint, key: str, shape: tuple[int, ...], box: Box) -> Tensor:

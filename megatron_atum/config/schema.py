@@ -197,6 +197,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class KernelsConfig:
+    backend: str = "torch"  # torch | te: Transformer Engine's layers, experimental
+    frozen_gemm: str = "bf16"  # bf16: as training.precision | fp8: products of frozen weights in 8 bits, cast once
+    adam: str = "torch"  # torch | te | apex: whose AdamW steps
+
+
+@dataclass
 class HealthConfig:
     max_bad_steps: int = 5  # steps in a row with a non-finite loss or gradient (never applied) until the run stops
     spike: str = "log"  # log | skip_data (the step is not applied) | rollback: what a loss spike leads to
@@ -236,5 +243,6 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -21,6 +21,9 @@ _CHOICES = {
     "optimizer.schedule": ("linear", "cosine", "constant", "wsd"),
     "optimizer.wsd_style": ("linear", "cosine", "exponential", "minus_sqrt"),
     "optimizer.weight_decay_rule": ("idefics", "clean"),
+    "kernels.backend": ("torch", "te"),
+    "kernels.frozen_gemm": ("bf16", "fp8"),
+    "kernels.adam": ("torch", "te", "apex"),
     "data.mixture": ("published", "draft_card", "instruct", "by_tokens"),
     "data.loss_on": ("all", "assistant"),
     "health.spike": ("log", "skip_data", "rollback"),
@@ -117,6 +120,7 @@ def validate(config: Config) -> None:
     _check_ramp_up(config)
     _check_sources(config)
     _check_health(config)
+    _check_frozen_gemm(config)
 
 
 def _get(config: Config, key: str) -> Any:
@@ -214,6 +218,29 @@ def _check_health(config: Config) -> None:
             f"training.validate_every={config.training.validate_every} needs data.validation: name a held-out source; "
             "training.validate_every=0 would work"
         )
+
+
+_FP8_SIDES = 16  # of a matrix: what 8-bit products of GPUs take
+
+
+def _check_frozen_gemm(config: Config) -> None:
+    """Whether a GPU has such products is seen by model/frozen_gemm.py."""
+    m = config.model
+    if config.kernels.frozen_gemm != "fp8":
+        return
+    split = _FP8_SIDES * config.parallel.tensor
+    sides = [("model.hidden_size", m.hidden_size, split), ("model.intermediate_size", m.intermediate_size, split)]
+    if not m.freeze.text or "Linear" in m.freeze.text_exceptions:
+        sides = []
+    if m.freeze.vision and "Linear" not in m.freeze.vision_exceptions:
+        sides.append(("model.vision.embed_dim", m.vision.embed_dim, _FP8_SIDES))
+        sides.append(("model.vision.intermediate_size", m.vision.intermediate_size, _FP8_SIDES))
+    for key, value, divisor in sides:
+        if value % divisor:
+            raise ConfigError(
+                f"kernels.frozen_gemm=fp8 needs matrices with sides of multiples of {_FP8_SIDES}, and {key}={value} is "
+                f"not a multiple of {divisor}; kernels.frozen_gemm=bf16 would work"
+            )
 
 
 def _check_sources(config: Config) -> None:

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
 from megatron_atum.config.schema import FreezeConfig
+from megatron_atum.model.layer_classes import TORCH, LayerClasses
 from megatron_atum.model.norm import LayerNorm
 
 # The module kinds an exception can name. RMSNorm is not a LayerNorm there either, so "LayerNorm" frees nothing in
 # the text model; the class embedding and the patch convolution are of none of these kinds.
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "LayerNorm": (LayerNorm,),
-    "Linear": (ColumnParallelLinear, RowParallelLinear),
+    "Linear": (TORCH.column, TORCH.row),  # and those of kernels.backend in decoder layers
     "Embedding": (),  # parameters named in _EMBEDDINGS
 }
 _EMBEDDINGS = ("position_embedding",)
 
 
-def freeze(stage: nn.Module, config: FreezeConfig) -> None:
+def freeze(stage: nn.Module, config: FreezeConfig, classes: LayerClasses = TORCH) -> None:
     """Set `requires_grad` on every parameter of a stage. Cross-attention, perceiver and added rows always train.
 
     `vision.post_layernorm` never does: nothing uses its output.
+
+    Args:
+        classes: of the decoder layers.
     """
     if config.text:
         for name in ("decoder_layers", "final_norm"):
-            _freeze_module(getattr(stage, name, None), config.text_exceptions)
+            _freeze_module(getattr(stage, name, None), config.text_exceptions, (classes.column, classes.row))
         _freeze_module(_at(stage, "embedding", "base"), ())
     if config.vision:
         _freeze_module(getattr(stage, "vision", None), config.vision_exceptions)
@@ -44,11 +47,14 @@ def _at(module: nn.Module, *names: str) -> nn.Module | None:
     return module
 
 
-def _freeze_module(module: nn.Module | None, exceptions: Iterable[str]) -> None:
+def _freeze_module(
+    module: nn.Module | None, exceptions: Iterable[str], linears: tuple[type[nn.Module], ...] = ()
+) -> None:
     if module is None:
         return
     module.requires_grad_(False)
     kinds = tuple(kind for name in exceptions for kind in _KINDS[name])
+    kinds += linears if "Linear" in exceptions else ()
     for part in module.modules():
         if isinstance(part, kinds):
             part.requires_grad_(True)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -24,10 +23,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from megatron_atum.model.attention import TorchAttention
-from megatron_atum.model.norm import RMSNorm
+from megatron_atum.model.layer_classes import TORCH, LayerClasses
 from megatron_atum.model.recompute import RecomputesInside
 from megatron_atum.parallel.fusion import fused
+from megatron_atum.parallel.gradients import is_replicated, mark_replicated
 
 Rotation = tuple[Tensor, Tensor]  # cosine and sine of `RotaryFrequencies`
 
@@ -51,7 +50,8 @@ class MultiHeadSelfAttention(SelfAttention):
             query, key, value = mixed_SBA3D.unbind(-2)
         else:
             query, key, value = _SplitAndRotate.apply(mixed_SBA3D, *rotary_pos_emb)
-        attended = self.core_attention(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
+        mask_type = self.attn_mask_type if attention_mask is None else AttnMaskType.arbitrary
+        attended = self.core_attention(query, key, value, attention_mask, attn_mask_type=mask_type)
         return self.linear_proj(attended)
 
 
@@ -145,50 +145,59 @@ def _biased(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor]
 
 
 def layer_submodules(
-    norm: type[nn.Module], mask_type: AttnMaskType, tensor_group: dist.ProcessGroup
+    classes: LayerClasses, mask_type: AttnMaskType, tensor_group: dist.ProcessGroup
 ) -> TransformerLayerSubmodules:
     """Pre-norm attention and MLP, the shape that LLaMA and CLIP share."""
     return TransformerLayerSubmodules(
-        input_layernorm=norm,
+        input_layernorm=classes.norm,
         self_attention=ModuleSpec(
             module=MultiHeadSelfAttention,
             params={"attn_mask_type": mask_type},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear, core_attention=TorchAttention, linear_proj=RowParallelLinear
+                linear_qkv=classes.column, core_attention=classes.attention, linear_proj=classes.row
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=norm,
-        mlp=mlp_spec(tensor_group),
+        pre_mlp_layernorm=classes.norm,
+        mlp=mlp_spec(tensor_group, classes),
         mlp_bda=get_bias_dropout_add,
     )
 
 
-def mlp_spec(tensor_group: dist.ProcessGroup) -> Any:
+def mlp_spec(tensor_group: dist.ProcessGroup, classes: LayerClasses = TORCH) -> Any:
     """What a ModuleSpec has, without being one: to a spec of a class it does not know, megatron-core gives no group
     and a warning."""
     return SimpleNamespace(
         module=RecomputingMLP,
         params={"tensor_group": tensor_group},
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(linear_fc1=classes.column, linear_fc2=classes.row),
     )
 
 
 def decoder_layer(
-    config: TransformerConfig, collection: ProcessGroupCollection, number_in_chunk: int, virtual_rank: int | None
+    config: TransformerConfig,
+    classes: LayerClasses,
+    collection: ProcessGroupCollection,
+    number_in_chunk: int,
+    virtual_rank: int | None,
 ) -> TransformerLayer:
     """One LLaMA layer (HF modeling_idefics.py: IdeficsDecoderLayer).
 
     Args:
         number_in_chunk: from 0; megatron-core adds the offset of the chunk (configs.py: _pipeline_layout).
     """
-    return TransformerLayer(
+    layer = TransformerLayer(
         config,
-        layer_submodules(RMSNorm, AttnMaskType.causal, collection.tp),
+        layer_submodules(classes, AttnMaskType.causal, collection.tp),
         layer_number=number_in_chunk + 1,
         pg_collection=collection,
         vp_stage=virtual_rank,
     )
+    for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+        if not is_replicated(norm.weight):  # a norm that is not ours
+            mark_replicated(norm.weight, sum_gradient=config.sequence_parallel)
+            norm.weight.sequence_parallel = False  # else megatron-core would sum its gradient once more
+    return layer
 
 
 class RotaryFrequencies(nn.Module):

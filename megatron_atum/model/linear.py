@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes as set_split
 from megatron.core.transformer import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_atum.model.layer_classes import LayerClasses
 from megatron_atum.parallel.gradients import is_replicated, mark_replicated
 
 
@@ -55,16 +57,28 @@ def row_linear(config: TransformerConfig, inputs: int, outputs: int, group: dist
     )
 
 
-def mark_split_weights(module: nn.Module) -> None:
+def mark_split_weights(module: nn.Module, classes: LayerClasses) -> None:
     """Tell megatron-core's gradient norm which weights are split.
 
     Its layers do so only in the initialisation that we replace. Weights already declared as replicated (the vision
     tower, built with a tensor group of one rank) stay so.
+
+    Args:
+        classes: of the decoder layers; the others are torch's.
     """
+    columns = (ColumnParallelLinear, VocabParallelEmbedding, classes.column)
+    rows = (RowParallelLinear, classes.row)
+    layer: Any
     for layer in module.modules():
-        if isinstance(layer, (ColumnParallelLinear, VocabParallelEmbedding)) and not is_replicated(layer.weight):
-            set_split(layer.weight, True, 0, 1)
-        elif isinstance(layer, RowParallelLinear) and not is_replicated(layer.weight):
-            set_split(layer.weight, True, 1, 1)
-            if layer.bias is not None:
-                mark_replicated(layer.bias, sum_gradient=layer.config.sequence_parallel)
+        is_column, is_row = isinstance(layer, columns), isinstance(layer, rows)
+        if not (is_column or is_row) or is_replicated(layer.weight):
+            continue
+        _set_split(layer.weight, 0 if is_column else 1)
+        if is_row and isinstance(layer.bias, nn.Parameter):
+            mark_replicated(layer.bias, sum_gradient=layer.config.sequence_parallel)
+
+
+def _set_split(weight: Tensor, dimension: int) -> None:
+    """megatron-core's attributes. Its function refuses weights that have them, as Transformer Engine's do."""
+    for name, value in {"tensor_model_parallel": True, "partition_dim": dimension, "partition_stride": 1}.items():
+        setattr(weight, name, value)

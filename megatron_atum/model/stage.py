@@ -13,13 +13,14 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megatron_atum.config.schema import ModelConfig, TrainingConfig
+from megatron_atum.config.schema import KernelsConfig, ModelConfig, TrainingConfig
 from megatron_atum.model.configs import decoder_config
 from megatron_atum.model.cross_attention import GatedCrossAttentionLayer
 from megatron_atum.model.freeze import freeze
 from megatron_atum.model.image_attention import select_latents
 from megatron_atum.model.inputs import StageInput
 from megatron_atum.model.language import RotaryFrequencies, Rotation, decoder_layer
+from megatron_atum.model.layer_classes import layer_classes
 from megatron_atum.model.linear import mark_split_weights
 from megatron_atum.model.norm import RMSNorm
 from megatron_atum.model.perceiver import PerceiverResampler
@@ -45,9 +46,18 @@ class AtumStage(MegatronModule):
         chunk: Chunk,
         dtype: torch.dtype,
         training: TrainingConfig | None = None,
+        kernels: KernelsConfig | None = None,
     ) -> None:
-        """training: says what backward recomputes; None: nothing."""
+        """
+        Args:
+            training: says what backward recomputes; None: nothing.
+            kernels: says what decoder layers are made of; None: torch's.
+
+        Raises:
+            ConfigError: kernels.backend cannot be had here.
+        """
         config = decoder_config(model, groups.layout, dtype)
+        classes = layer_classes(kernels or KernelsConfig(), config)
         super().__init__(config=config)
         self.model, self.groups, self.chunk = model, groups, chunk
         self.recompute = Recompute.from_config(training)
@@ -67,7 +77,7 @@ class AtumStage(MegatronModule):
         )
         self.decoder_layers = nn.ModuleDict(
             {
-                str(layer): decoder_layer(config, groups.collection, number, self.vp_stage)
+                str(layer): decoder_layer(config, classes, groups.collection, number, self.vp_stage)
                 for number, layer in enumerate(self.layers_of_chunk())
             }
         )
@@ -77,9 +87,9 @@ class AtumStage(MegatronModule):
         self.rotary = RotaryFrequencies(model.hidden_size // model.num_heads, model.rope_theta)
         if self.recompute.kind == "selective":
             select((self.cross_attention_layers, self.decoder_layers))
-        mark_split_weights(self)
+        mark_split_weights(self, classes)
         check_marked(self)
-        freeze(self, model.freeze)
+        freeze(self, model.freeze, classes)
 
     def layers_of_chunk(self) -> range:
         """Global numbers of the decoder layers."""
@@ -143,11 +153,11 @@ class AtumStage(MegatronModule):
 
 
 def build_stages(
-    model: ModelConfig, groups: ProcessGroups, dtype: torch.dtype, training: TrainingConfig | None = None
+    model: ModelConfig,
+    groups: ProcessGroups,
+    dtype: torch.dtype,
+    training: TrainingConfig | None = None,
+    kernels: KernelsConfig | None = None,
 ) -> list[AtumStage]:
-    """The chunks of this rank, in virtual order, with uninitialised weights.
-
-    Args:
-        training: says what backward recomputes; None: nothing.
-    """
-    return [AtumStage(model, groups, chunk, dtype, training) for chunk in groups.chunks]
+    """The chunks of this rank, in virtual order, with uninitialised weights. Arguments as of `AtumStage`."""
+    return [AtumStage(model, groups, chunk, dtype, training, kernels) for chunk in groups.chunks]

@@ -9,6 +9,7 @@ Legend: n images of this rank, N images of the microbatch, P patch tokens incl. 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ from megatron_atum.config.schema import ModelConfig
 from megatron_atum.errors import DataError
 from megatron_atum.model.configs import vision_config
 from megatron_atum.model.language import layer_submodules
+from megatron_atum.model.layer_classes import TORCH
 from megatron_atum.model.norm import LayerNorm
 from megatron_atum.model.recompute import checkpointed
 from megatron_atum.parallel.gradients import mark_replicated
@@ -53,7 +55,7 @@ class VisionTransformer(MegatronModule):
         self.class_embedding = nn.Parameter(torch.empty(v.embed_dim, dtype=dtype))
         self.position_embedding = nn.Parameter(torch.empty(self.grid**2 + 1, v.embed_dim, dtype=dtype))
         self.pre_layernorm = LayerNorm(config, v.embed_dim, v.norm_eps)
-        submodules = layer_submodules(LayerNorm, AttnMaskType.no_mask, groups.alone.tp)
+        submodules = layer_submodules(replace(TORCH, norm=LayerNorm), AttnMaskType.no_mask, groups.alone.tp)
         self.layers = nn.ModuleList(
             TransformerLayer(config, submodules, layer_number=n + 1, pg_collection=groups.alone)
             for n in range(v.num_layers)

@@ -9,6 +9,8 @@ this rank (base share + A + filling).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +26,11 @@ from torch import Tensor, nn
 
 from megatron_atum.config.schema import ModelConfig
 from megatron_atum.model.linear import column_linear
+from megatron_atum.parallel.fusion import fused
 from megatron_atum.parallel.gradients import mark_replicated
 from megatron_atum.parallel.groups import ProcessGroups
 
-TOKENS_AT_A_TIME = 128  # of which exponentials are taken
+TOKENS_AT_A_TIME = 128  # of which exponentials are taken, where they are written out
 ALIGNED = 64  # columns: rows begin at multiples of 128 bytes in bf16, a line of a GPU's cache
 
 
@@ -168,9 +171,7 @@ class _LogSumExpAndTarget(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, column: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         largest = logits.amax(-1).float()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        # in parts, since the exponentials of all tokens would take as much memory as the logits in fp32
-        parts = zip(logits.split(TOKENS_AT_A_TIME), largest[..., None].split(TOKENS_AT_A_TIME), strict=True)
-        total = torch.cat([(scores.float() - top).exp_().sum(-1) for scores, top in parts])
+        total = _of_tokens(_sum_of_exponentials, logits, largest)
         own = logits.gather(-1, column.clamp(min=0)[..., None]).squeeze(-1).float()
         target = torch.where(column >= 0, own, 0.0)
         both = torch.stack((total, target))
@@ -182,12 +183,57 @@ class _LogSumExpAndTarget(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        grad_log_sum_exp, grad_target = gradients
         logits, column, log_sum_exp = ctx.saved_tensors
-        grad = (logits.float() - log_sum_exp[..., None]).exp_().mul_(grad_log_sum_exp[..., None])
-        here = torch.where(column >= 0, grad_target, 0.0)[..., None]
-        grad.scatter_add_(-1, column.clamp(min=0)[..., None], here)
-        return grad.to(logits.dtype), None, None
+        return _of_tokens(_logits_gradient, logits, column, log_sum_exp, *gradients), None, None
+
+
+def _of_tokens(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
+    """`function` of tensors whose first dimension counts all tokens: a kernel need not know how many rows there are."""
+    out = function(logits.flatten(0, -2), *(x.flatten() for x in others))
+    return out.unflatten(0, logits.shape[:-1])
+
+
+# Exponentials of all tokens would take twice the memory of logits in bf16, and more: where no kernel is generated that
+# keeps them to itself, they are taken of some tokens at a time. Legend: T tokens.
+
+
+def _exponentials_summed_in_parts(logits_TC: Tensor, largest_T: Tensor) -> Tensor:
+    parts = zip(logits_TC.split(TOKENS_AT_A_TIME), largest_T[:, None].split(TOKENS_AT_A_TIME), strict=True)
+    return torch.cat([(scores - top).exp_().sum(-1) for scores, top in parts])
+
+
+@partial(fused, unfused=_exponentials_summed_in_parts)
+def _sum_of_exponentials(logits_TC: Tensor, largest_T: Tensor) -> Tensor:
+    return (logits_TC.float() - largest_T[:, None]).exp().sum(-1)
+
+
+def _logits_gradient_in_parts(
+    logits_TC: Tensor, column_T: Tensor, log_sum_exp_T: Tensor, grad_log_sum_exp_T: Tensor, grad_target_T: Tensor
+) -> Tensor:
+    grad_TC = torch.empty_like(logits_TC)
+    here_T = torch.where(column_T >= 0, grad_target_T, 0.0)
+    by_token = (log_sum_exp_T, grad_log_sum_exp_T, column_T.clamp(min=0), here_T)
+    tensors = (grad_TC, logits_TC, *(x[:, None] for x in by_token))
+    for out, scores, log_sum_exp, factor, column, here in zip(
+        *(x.split(TOKENS_AT_A_TIME) for x in tensors), strict=True
+    ):
+        grad = out if out.dtype == log_sum_exp.dtype else torch.empty_like(out, dtype=log_sum_exp.dtype)
+        torch.sub(scores, log_sum_exp, out=grad).exp_().mul_(factor).scatter_add_(-1, column, here)
+        if grad is not out:
+            out.copy_(grad)
+    return grad_TC
+
+
+@partial(fused, unfused=_logits_gradient_in_parts)
+def _logits_gradient(
+    logits_TC: Tensor, column_T: Tensor, log_sum_exp_T: Tensor, grad_log_sum_exp_T: Tensor, grad_target_T: Tensor
+) -> Tensor:
+    """d(loss)/d(logits) in the dtype of the logits. The target is found by comparison, since a scatter would write
+    its fp32 operand out. No column is -1."""
+    grad_TC = (logits_TC.float() - log_sum_exp_T[:, None]).exp() * grad_log_sum_exp_T[:, None]
+    columns_C = torch.arange(logits_TC.shape[-1], device=logits_TC.device)
+    grad_TC = grad_TC + torch.where(columns_C == column_T[:, None], grad_target_T[:, None], 0.0)
+    return grad_TC.to(logits_TC.dtype)
 
 
 def log_sum_exp_and_target(logits: Tensor, column: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -81,6 +81,11 @@ def has_flash_attention() -> bool:
     return torch.cuda.get_device_capability(device()) >= (8, 0)
 
 
+def has_fp8_products() -> bool:
+    """Whether this process's device multiplies 8-bit floats: from Ada and Hopper on. A CPU does, for tests."""
+    return not has_accelerator() or torch.cuda.get_device_capability(device()) >= (8, 9)
+
+
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory of the host that the device can copy to without waiting."""
     return torch.empty(shape, dtype=dtype, pin_memory=has_accelerator())

@@ -1,4 +1,5 @@
-"""One rank of a world whose other ranks do not exist, on tensors without memory: what a dry run needs.
+"""One rank of a world whose other ranks do not exist: on tensors without memory, which is what a dry run needs, or on
+real ones, to time the kernels of one rank on one device.
 
 torch's fake process group answers every collective at once, and fake tensors have shapes, types and storages but no
 values. Both are parts of torch that it uses for its own tests and compiler; only this module knows them.
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import layers, mappings
+from torch import Tensor
 
 BACKEND = "fake"
 
@@ -30,30 +33,62 @@ class FakeWorld:
     @contextlib.contextmanager
     def tensors(self) -> Iterator[None]:
         """Within the block new tensors have no memory, and real ones may take part."""
-        gather = dist.all_gather_object
-        dist.all_gather_object = _all_alike
-        try:
-            with self._mode:
-                yield
-        finally:
-            dist.all_gather_object = gather
+        with _replaced((dist, "all_gather_object", _all_alike)), self._mode:
+            yield
 
 
 @contextlib.contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[FakeWorld]:
     """Within the block this process is one rank of so many; at its end all groups are gone."""
+    assert not torch.cuda.is_available(), "a dry run is played on the CPU: hide_accelerators() first"
+    with _fake_groups(rank, world_size):
+        yield FakeWorld()
+
+
+@contextlib.contextmanager
+def lone_rank(rank: int, world_size: int) -> Iterator[None]:
+    """Within the block this process is one rank of so many on its device, with real tensors; then all groups are gone.
+
+    What other ranks would send is made up: copies of this rank's own part, and random values from other stages. So
+    losses mean nothing, but kernels take as long as they would; of communication there is a copy on the device.
+    """
+    answers = [
+        (dist, "all_gather_object", _all_alike),
+        (dist, "batch_isend_irecv", _receive_noise),
+        # torch's fake group has left the output as it was until 2.12.
+        (dist, "reduce_scatter_tensor", _own_part),
+        *((module, "dist_reduce_scatter_func", _own_part) for module in (layers, mappings)),
+    ]
+    with _fake_groups(rank, world_size), _replaced(*answers):
+        yield
+
+
+@contextlib.contextmanager
+def _fake_groups(rank: int, world_size: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    assert not torch.cuda.is_available(), "a dry run is played on the CPU: hide_accelerators() first"
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # else megatron-core warns that it should be set
     hook = sys.excepthook  # torch's group puts one of its own in front each time
     dist.init_process_group(BACKEND, rank=rank, world_size=world_size, store=FakeStore())
     try:
-        yield FakeWorld()
+        yield
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         sys.excepthook = hook
+
+
+@contextlib.contextmanager
+def _replaced(*places: tuple[Any, str, Any]) -> Iterator[None]:
+    """Args: places: module, name in it, and what stands there within the block."""
+    before = [getattr(module, name) for module, name, _ in places]
+    for module, name, value in places:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(places, before, strict=True):
+            setattr(module, name, value)
 
 
 def is_fake() -> bool:
@@ -69,6 +104,29 @@ def host_backend() -> str:
 def _all_alike(object_list: list[Any], obj: Any, group: Any = None) -> None:
     """In the place of a gather, which would read values of tensors: every rank says what this one says."""
     object_list[:] = [obj] * len(object_list)
+
+
+class _Done:
+    """Of a communication that is over at once."""
+
+    def wait(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def _receive_noise(operations: list[dist.P2POp]) -> list[_Done]:
+    for operation in operations:
+        if operation.op is dist.irecv:
+            operation.tensor.normal_()
+    return []
+
+
+@torch.no_grad()
+def _own_part(output: Tensor, input: Tensor, *, group: Any = None, async_op: bool = False, **_: Any) -> _Done | None:
+    """In the place of a reduce-scatter."""
+    group = group or dist.group.WORLD
+    output.copy_(input.chunk(group.size())[group.rank()])
+    return _Done() if async_op else None
 
 
 def is_fake_call(function: Any) -> bool:

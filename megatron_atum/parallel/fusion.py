@@ -16,17 +16,22 @@ from megatron_atum.parallel.device import has_accelerator
 _Result = TypeVar("_Result", Tensor, tuple[Tensor, ...])
 
 
-def fused(function: Callable[..., _Result]) -> Callable[..., _Result]:
+def fused(function: Callable[..., _Result], *, unfused: Callable[..., _Result] | None = None) -> Callable[..., _Result]:
     """`function` of tensors, which reads them once on an accelerator. As it is on a CPU, or where there is no Triton.
 
-    The generated kernel computes in fp32 and rounds once.
+    The generated kernel computes in fp32 and rounds once. The compiler takes the sizes of the first call as fixed; with
+    the first call of another size it makes one more kernel, for any size of the dimensions that differed.
+
+    Args:
+        unfused: instead of `function` where it is not fused: for one whose steps would write large tensors out.
     """
+    plain = unfused or function
     compiled = functools.cache(lambda: _compile(function))  # when it is needed: the compiler takes long to import
 
     @functools.wraps(function)
     def call(*tensors: Tensor) -> _Result:
         if tensors[0].device.type == "cpu" or not fuses():
-            return function(*tensors)
+            return plain(*tensors)
         return compiled()(*tensors)
 
     return call

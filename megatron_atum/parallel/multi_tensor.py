@@ -1,7 +1,8 @@
-"""Norms and scales of many tensors at once, for machines without Apex and Transformer Engine.
+"""Norms and scales of many tensors at once, by torch's kernels on every machine.
 
-megatron-core's stand-ins for their kernels (utils.py: local_multi_tensor_l2_norm, local_multi_tensor_scale) go from
-tensor to tensor and bring each norm to the host, which waits for the device hundreds of times in a step.
+megatron-core takes those of Transformer Engine or Apex where it can import them, and results would depend on what is
+installed. Its own stand-ins (utils.py: local_multi_tensor_l2_norm, local_multi_tensor_scale) go from tensor to tensor
+and bring each norm to the host, which waits for the device hundreds of times in a step.
 """
 
 from __future__ import annotations
@@ -9,16 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import utils
 from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
 
 def use_foreach_kernels() -> None:
-    """Put torch's kernels in the place of those stand-ins, where megatron-core took them. May be called again."""
-    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl = l2_norm
-        clip_grads.multi_tensor_scale_impl = scale
+    """Put torch's kernels in the place of what megatron-core took. May be called again."""
+    clip_grads.l2_norm_impl = l2_norm
+    clip_grads.multi_tensor_scale_impl = scale
 
 
 def l2_norm(

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_atum.config.schema import Config, SourceConfig
+from megatron_atum.model.frozen_gemm import frozen_matrices
 from megatron_atum.model.inputs import StageInput
 from megatron_atum.parallel.cpu_compat import emulated_cuda
 from megatron_atum.parallel.fake import FakeWorld, fake_world
@@ -142,7 +143,8 @@ def as_on_accelerator(config: Config) -> Config:
         optimizer = replace(optimizer, overlap_param_gather=optimizer.distributed and optimizer.overlap_grad_reduce)
     if not data.sources:
         data = replace(data, sources=[SourceConfig(name="rows", shards="")])
-    return replace(config, training=training, optimizer=optimizer, data=data)
+    kernels = replace(config.kernels, backend="torch", adam="torch")  # the others need a device
+    return replace(config, training=training, optimizer=optimizer, data=data, kernels=kernels)
 
 
 def needed_microbatches(layout: ParallelLayout, pipeline_rank: int, of_step: int) -> int:
@@ -172,6 +174,8 @@ def _play(
         engine = Engine(config, groups)
         every = [parameter for stage in engine.stages for parameter in stage.parameters()]
         memory.watch(every)
+        engine.cast_frozen()
+        memory.release(weight for _, weight, _ in frozen_matrices(engine.stages))  # a real run's host has them
         parameters = memory.live
         engine.build_optimizer()
         gradients = sum(buffer.grad_data.nbytes for chunk in engine.chunks for buffer in chunk.buffers)

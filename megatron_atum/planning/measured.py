@@ -18,8 +18,13 @@ from megatron_atum.planning.published import ValidationRow
 MICROBATCHES = 2  # of a step
 
 
-def recipe_of(preset: str, length: int, rows: int) -> Config:
-    """Frozen backbones on one device. Args: rows: of a microbatch."""
+def recipe_of(preset: str, length: int, rows: int, *overrides: str) -> Config:
+    """Frozen backbones on one device.
+
+    Args:
+        rows: of a microbatch.
+        overrides: `section.key=value`.
+    """
     return load_config(
         None,
         [
@@ -30,6 +35,7 @@ def recipe_of(preset: str, length: int, rows: int) -> Config:
             f"training.micro_batch_size={rows}",
             f"training.global_batch_size={rows * MICROBATCHES}",
             "optimizer.warmup_steps=0",
+            *overrides,
         ],
     )
 

@@ -109,6 +109,13 @@ class Memory:
                 self.live += size
         self.peak = max(self.peak, self.live)
 
+    def release(self, tensors: Iterable[Tensor]) -> None:
+        """They are somewhere else, and do not count."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if self._known.pop(key, None) is not None:
+                self.live -= GRAIN * math.ceil(tensor.untyped_storage().nbytes() / GRAIN)
+
     def _forget(self, key: int, size: int) -> Callable[[Any], None]:
         def gone(_: Any) -> None:
             if self._known.pop(key, None) is not None:

@@ -7,8 +7,8 @@ counts, losses and the norm of the gradients.
 
 Under sequence parallelism each column-parallel layer gathers its input and each row-parallel one scatters its output;
 backward does the opposite. A column-parallel layer that trains gathers its input again for the gradient of its weight,
-a frozen one does not. Without sequence parallelism row-parallel layers all-reduce their output and column-parallel
-ones, in backward, the gradient of their input.
+a frozen one does not, and with kernels.frozen_gemm=fp8 it gathers 8 bits of each value. Without sequence parallelism
+row-parallel layers all-reduce their output and column-parallel ones, in backward, the gradient of their input.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def chunk_collectives(micro: Microbatch, chunk: Chunk) -> dict[str, tuple[Collec
     layers = units * micro.model.cross_layer_interval
     parts["cross_attention"] = list(_layers(micro, units, trains=True))
     parts["decoder"] = list(_layers(micro, layers, trains=not frozen))
-    for name, again in _recomputed(micro, layers).items():
+    for name, again in _recomputed(micro, layers, frozen=frozen).items():
         parts[name] += again
     if chunk.is_last:
         parts["head"] = list(_head(micro))
@@ -130,12 +130,22 @@ def _layers(micro: Microbatch, number: int, *, trains: bool) -> Iterator[Collect
         # beside the gradient of the weight, where it trains
         yield Collective("all_reduce", size, each, backward=True, hidden=trains)
         return
-    yield Collective("all_gather", size, each)
+    yield from _gathers(micro, each, trains=trains)
     yield Collective("reduce_scatter", size, each)
     yield Collective("all_gather", size, each, backward=True)
     yield Collective("reduce_scatter", size, each, backward=True, hidden=trains)
     if trains:
         yield Collective("all_gather", size, each, backward=True, hidden=True)
+
+
+def _gathers(micro: Microbatch, number: int, *, trains: bool, backward: bool = False) -> Iterator[Collective]:
+    """The inputs of so many column-parallel layers; of frozen ones, with fp8, their values and a scale per token."""
+    kernels = micro.config.kernels
+    if trains or (kernels.backend, kernels.frozen_gemm) != ("torch", "fp8"):
+        yield Collective("all_gather", micro.text_bytes, number, backward=backward)
+        return
+    yield Collective("all_gather", micro.text_bytes // micro.item, number, backward=backward)
+    yield Collective("all_gather", 4 * micro.tokens, number, backward=backward)
 
 
 def recomputed_layers(config: Config, layers: int) -> tuple[int, int]:
@@ -149,21 +159,24 @@ def recomputed_layers(config: Config, layers: int) -> tuple[int, int]:
     return layers, -(-layers // training.recompute_layers)
 
 
-def _recomputed(micro: Microbatch, layers: int) -> dict[str, list[Collective]]:
+def _recomputed(micro: Microbatch, layers: int, *, frozen: bool) -> dict[str, list[Collective]]:
     """What backward repeats, by part. torch stops where nothing more is needed: before a piece's last reduction."""
     size, interval = micro.text_bytes, micro.model.cross_layer_interval
     if micro.config.training.recompute == "selective":
         if not micro.layout.sequence:
             return {}
-        again = {"cross_attention": layers // interval, "decoder": layers}
-        return {name: [Collective("all_gather", size, count, backward=True)] for name, count in again.items()}
+        again = {"cross_attention": (layers // interval, True), "decoder": (layers, not frozen)}
+        return {
+            name: list(_gathers(micro, count, trains=trains, backward=True)) for name, (count, trains) in again.items()
+        }
     number, pieces = recomputed_layers(micro.config, layers)
     found = {}
-    for name, count, saved in (("cross_attention", -(-number // interval), 0), ("decoder", number, pieces)):
+    parts = (("cross_attention", -(-number // interval), 0, True), ("decoder", number, pieces, not frozen))
+    for name, count, saved, trains in parts:
         reduction = "reduce_scatter" if micro.layout.sequence else "all_reduce"
         found[name] = [Collective(reduction, size, 2 * count - saved, backward=True)] if count else []
         if micro.layout.sequence and count:
-            found[name].append(Collective("all_gather", size, 2 * count, backward=True))
+            found[name] += _gathers(micro, 2 * count, trains=trains, backward=True)
     return found
 
 

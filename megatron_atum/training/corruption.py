@@ -1,7 +1,8 @@
 """Finds ranks whose frozen weights are not what they should be: a failing device or memory, or a file read wrongly.
 
 Frozen weights must never change, and are the same on all data-parallel ranks. A checksum of each, compared over time
-and over these ranks, costs one pass over the weights.
+and over these ranks, costs one pass over the weights. Where products use a copy in 8 bits, the copy is what is watched;
+what it was cast from is compared over ranks once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_atum.errors import HealthFailure, listed
+from megatron_atum.model.frozen_gemm import frozen_matrices
 from megatron_atum.parallel.agreement import all_true
 from megatron_atum.parallel.groups import ProcessGroups
 
@@ -46,12 +48,23 @@ class FrozenWeights:
 
     def __init__(self, stages: Iterable[nn.Module], groups: ProcessGroups) -> None:
         self._groups = groups
-        frozen = {name: p for stage in stages for name, p in stage.named_parameters() if not p.requires_grad}
-        self._names, self._parameters = list(frozen), list(frozen.values())
+        stages = list(stages)
+        frozen: dict[str, Tensor] = {
+            name: p for stage in stages for name, p in stage.named_parameters() if not p.requires_grad
+        }
         self._exist = not all_true(not frozen)
-        self._first = self._checksums()
+        self._watch(frozen)
         if self._exist:
             self._compare(self._first, "frozen weights differ at the start", f"{_ADVICE}, or load the weights again")
+        copies = {name: matrix for name, _, matrix in frozen_matrices(stages)}
+        if copies:
+            used = {f"{name} in 8 bits": matrix.values_NK for name, matrix in copies.items()}
+            used |= {f"scales of {name}": matrix.scales_N for name, matrix in copies.items()}
+            self._watch(used | {name: weight for name, weight in frozen.items() if name not in copies})
+
+    def _watch(self, frozen: dict[str, Tensor]) -> None:
+        self._names, self._weights = list(frozen), list(frozen.values())
+        self._first = self._checksums()
 
     @property
     def exist(self) -> bool:
@@ -83,7 +96,7 @@ class FrozenWeights:
 
     def _checksums(self) -> list[int]:
         """The bits of each weight, added up."""
-        sums = [checksum(parameter.detach()) for parameter in self._parameters]
+        sums = [checksum(weight.detach()) for weight in self._weights]
         return torch.stack(sums).tolist() if sums else []
 
 

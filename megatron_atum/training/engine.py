@@ -17,6 +17,7 @@ from megatron_atum.batch import Batch
 from megatron_atum.checkpoint.optimizer_state import inner_optimizers, parts_of
 from megatron_atum.config.schema import Config
 from megatron_atum.flops import Work, executed_flops, model_flops
+from megatron_atum.model.frozen_gemm import cast_frozen
 from megatron_atum.model.inputs import StageInput, prepare, stage_rows
 from megatron_atum.model.stage import build_stages
 from megatron_atum.parallel.cpu_compat import emulated_cuda
@@ -66,18 +67,19 @@ class Engine:
     """Model, data parallelism, optimizer and schedule of this rank.
 
     Weights must be filled (checkpoint/weights.py) before `build_optimizer`: the optimizer takes
-    its fp32 copies from them. A step is `compute`, then `apply` or not.
+    its fp32 copies from them; and frozen ones before `cast_frozen`. A step is `compute`, then `apply` or not.
     """
 
     def __init__(self, config: Config, groups: ProcessGroups) -> None:
         self.config, self.groups = config, groups
         self.device, self.dtype = device(), training_dtype(config.training)
         self.sources = tuple(source.name for source in config.data.sources)
-        self.stages = build_stages(config.model, groups, self.dtype, config.training)
+        self.stages = build_stages(config.model, groups, self.dtype, config.training, config.kernels)
         for stage in self.stages:
             if any(parameter.device != self.device for parameter in stage.parameters()):
                 stage.to(self.device)  # not for nothing: fake tensors (planning/dry_run.py) cannot be moved
         self.forward_watch, self.optimizer_watch = Stopwatch(), Stopwatch()
+        self._frozen_as_configured = config.kernels.frozen_gemm == "bf16"
 
     def build_optimizer(self) -> None:
         self.chunks = wrap_data_parallel(self.stages, self.config.optimizer)
@@ -85,6 +87,12 @@ class Engine:
         self.optimizer = build_optimizer(self.chunks, self.stages, self.config, self.dtype)
         self.scheduler = build_scheduler(self.optimizer, self.config.optimizer)
         self.reach: ReachCheck | None = ReachCheck(self.stages)
+
+    def cast_frozen(self) -> None:
+        """What kernels.frozen_gemm asks for, once all weights are there. Collective over the tensor group."""
+        if not self._frozen_as_configured:
+            cast_frozen(self.stages)
+        self._frozen_as_configured = True
 
     def step(self, batches: list[Batch]) -> StepResult:
         """Forward, backward, reduce, clip, update. Collective over all ranks."""
@@ -194,6 +202,7 @@ class Engine:
         return inner_optimizers(self.optimizer)[0]
 
     def _run(self, inputs: list[StageInput], forward_step: Any, chunks: list[Any], **options: bool) -> list[Any]:
+        assert self._frozen_as_configured, "cast_frozen() comes before the first step"
         return run_schedule(
             self.groups,
             chunks,

@@ -17,6 +17,7 @@ from megatron_atum.checkpoint.optimizer_state import inner_optimizers
 from megatron_atum.checkpoint.weights import rows_of
 from megatron_atum.config.schema import Config, OptimizerConfig
 from megatron_atum.model.stage import AtumStage
+from megatron_atum.parallel.adam import TORCH, chosen_adam
 from megatron_atum.parallel.cpu_compat import emulated_cuda
 from megatron_atum.parallel.device import has_accelerator
 from megatron_atum.parallel.gradients import sum_replicated
@@ -103,7 +104,11 @@ def _override(one: Settings, config: OptimizerConfig) -> dict[str, Any]:
 def build_optimizer(
     chunks: list[DistributedDataParallel], stages: list[AtumStage], config: Config, dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """AdamW over the trainable parameters, sharded over data-parallel ranks if optimizer.distributed."""
+    """AdamW over the trainable parameters, sharded over data-parallel ranks if optimizer.distributed.
+
+    Raises:
+        ConfigError: the one of kernels.adam cannot be imported here.
+    """
     o = config.optimizer
     groups = group_overrides(mark_settings(stages, config), o)
     use_foreach_kernels()
@@ -121,21 +126,21 @@ def build_optimizer(
         use_distributed_optimizer=o.distributed,
         overlap_param_gather=overlaps_param_gather(o),
     )
-    with emulated_cuda():
+    with emulated_cuda(), chosen_adam(config.kernels.adam):
         optimizer = get_megatron_optimizer(mcore, chunks, groups, use_gloo_process_groups=False)
     for stage in stages:
         stage.config.grad_scale_func = optimizer.scale_loss
-    _use_fused_kernel(optimizer)
+    if config.kernels.adam == TORCH:
+        _use_fused_kernel(optimizer)
     return optimizer
 
 
 def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW goes over all parameters in one kernel if asked; megatron-core has no setting for it. Apex and
-    Transformer Engine do so anyway."""
+    """torch's AdamW goes over all parameters in one kernel if asked; megatron-core has no setting for it."""
     for inner in inner_optimizers(optimizer):
-        if isinstance(inner, torch.optim.AdamW):
-            for group in inner.param_groups:
-                group["fused"] = True
+        assert isinstance(inner, torch.optim.AdamW)
+        for group in inner.param_groups:
+            group["fused"] = True
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig) -> OptimizerParamScheduler:

@@ -64,6 +64,7 @@ def _engine(start: Start, groups: ProcessGroups) -> Engine:
     engine.build_optimizer()
     if start.resume is not None:
         RunCheckpoint(start.config, groups, engine, start.checkpoints, {}).load(start.resume)
+    engine.cast_frozen()
     return engine
 
 

@@ -19,6 +19,7 @@ from megatron_atum.checkpoint.optimizer_state import optimizer_shards
 from megatron_atum.config.revision import git_state
 from megatron_atum.config.schema import Config
 from megatron_atum.errors import ConfigError, first_line
+from megatron_atum.model.frozen_gemm import frozen_matrices, weight_bytes
 from megatron_atum.parallel.device import (
     device_name,
     has_accelerator,
@@ -30,6 +31,7 @@ from megatron_atum.parallel.device import (
 from megatron_atum.parallel.groups import ProcessGroups
 from megatron_atum.parallel.random_state import random_state, set_random_state
 from megatron_atum.training.engine import Engine
+from megatron_atum.training.kernels import describe_layers
 from megatron_atum.training.optimizer import overlaps_param_gather
 
 _PACKAGES = ("megatron-core", "transformer-engine", "apex")
@@ -53,7 +55,8 @@ def describe(engine: Engine, shares: dict[str, float], weights_from: str) -> str
             f"layout: {groups.layout.describe()}",
             f"groups of rank 0: {_groups(groups)}",
             *_stages(engine),
-            f"kernels: torch; {_optimizer(engine)}",
+            f"kernels: {describe_layers(config.kernels)}; {_optimizer(engine)}",
+            *_frozen_products(engine),
             f"{_recompute(config)}; schedule {config.optimizer.schedule}, "
             f"lr {config.optimizer.lr:g} to {config.optimizer.min_lr:g}",
             f"batch: {_batch(config)}",
@@ -84,6 +87,25 @@ def _stages(engine: Engine) -> Iterable[str]:
         yield f"stage {stage}: {trains:,} trainable and {frozen:,} frozen parameters per device; GiB: {parts}"
 
 
+def _frozen_products(engine: Engine) -> Iterable[str]:
+    """A line about what was cast for kernels.frozen_gemm=fp8: what all devices of one model replica hold."""
+    if engine.config.kernels.frozen_gemm != "fp8":
+        return
+    groups, found = engine.groups, list(frozen_matrices(engine.stages))
+    mine = torch.zeros(3, dtype=torch.int64, device=engine.device)
+    if groups.data_rank == 0:
+        sizes = [(matrix.nbytes, weight.nbytes) for _, weight, matrix in found]
+        now, before = (sum(bytes_) for bytes_ in zip(*sizes, strict=True)) if sizes else (0, 0)
+        mine += torch.tensor([0 if groups.tensor_rank else len(found), now, before], device=engine.device)
+    dist.all_reduce(mine)
+    matrices, now, before = mine.tolist()
+    if not matrices:
+        yield "frozen products: kernels.frozen_gemm=fp8 has nothing to cast, as no matrix of torch's layers is frozen"
+        return
+    gib = f"{now / 2**30:.3g} GiB on the devices of each model replica in the place of {before / 2**30:.3g}"
+    yield f"frozen products: {matrices} matrices in fp8, {gib}, which the hosts keep"
+
+
 def _groups(groups: ProcessGroups) -> str:
     """Rank 0's; those of the others are these, moved on."""
     kinds = {"tensor": groups.tensor, "data": groups.data, "pipeline": groups.pipeline}
@@ -105,7 +127,7 @@ def _counts(engine: Engine) -> tuple[int, int]:
 
 def _expected_gib(engine: Engine) -> dict[str, float]:
     """Memory that is known before a step; activations come on top."""
-    weights = sum(p.numel() * p.element_size() for stage in engine.stages for p in stage.parameters())
+    weights = weight_bytes(engine.stages)
     gradients = sum(buffer.grad_data.numel() * 4 for chunk in engine.chunks for buffer in chunk.buffers)
     optimizer = sum(
         (shard.stop - shard.start) * (12 if shard.has_main else 8) for shard in optimizer_shards(engine.optimizer)

@@ -22,8 +22,10 @@ from megatron_atum.data.loader import StepLoader
 from megatron_atum.data.tokenizer import FILE_NAME
 from megatron_atum.data.validation import ValidationSet, check_held_out, open_validation
 from megatron_atum.errors import CheckpointError, ConfigError
+from megatron_atum.model.frozen_gemm import check_device
 from megatron_atum.parallel.agreement import check_equal, together
 from megatron_atum.parallel.layout import ParallelLayout
+from megatron_atum.training.kernels import check_kernels, other_adam
 from megatron_atum.training.parameter_groups import check_groups
 from megatron_atum.training.profiling import check_profile
 from megatron_atum.training.rollback import Rollback, data_position, read_rollbacks
@@ -106,11 +108,15 @@ def prepare_start(
         _check_goes_on(config, newest, resume)
     if resume is not None:
         check_resumable(resume, config)
+        if rank == 0 and (other := other_adam(resume, config)):
+            print(other, flush=True)
     if weights is not None:
         drawn = check_start(place_of(weights), weights.model, config.model)
         if drawn and rank == 0:
             print(drawn, flush=True)
     check_groups(config)
+    check_kernels(config.kernels)
+    check_device(config)
     check_profile(config, world_size)
     if rank == 0:
         check_trackers(config)

@@ -260,6 +260,7 @@ class Trainer:
         if resume is not None:
             self.checkpoint.load(resume)
             self.health.load_state_dict(resume.health)
+        engine.cast_frozen()
         for _ in self.rollbacks:
             self._lower_learning_rates()
         if start.checkpoint is not None:

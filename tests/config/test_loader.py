@@ -221,7 +221,7 @@ def test_there_are_shipped_configurations() -> None:
 def test_every_key_is_described_once() -> None:
     keys = key_names()
     assert len(keys) == len(set(keys))
-    sections = {"model", "parallel", "data", "optimizer", "training", "checkpoint", "health", "logging"}
+    sections = {"model", "parallel", "data", "optimizer", "training", "checkpoint", "kernels", "health", "logging"}
     assert {key.split(".")[0] for key in keys} == sections
     text = {key: help_text for key, _, help_text in describe_keys()}
     assert "interleaved" in text["parallel.virtual_pipeline"]

@@ -229,3 +229,28 @@ def test_a_rollback_needs_checkpoints_and_validation_needs_sources() -> None:
 )
 def test_health_keys_have_ranges(override: str) -> None:
     assert override.split("=")[0] in refusal([override])
+
+
+FP8 = ["kernels.frozen_gemm=fp8", "model.freeze={text: true, vision: true, lm_head: true}"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changes"),
+    [
+        ("model.hidden_size", 4104, ["model.num_heads=4"]),
+        ("model.intermediate_size", 11000, []),
+        ("model.intermediate_size", 11008 + 16, ["parallel.tensor=2"]),
+        ("model.vision.embed_dim", 1288, ["model.vision.num_heads=4"]),
+        ("model.vision.intermediate_size", 5128, []),
+    ],
+)
+def test_sides_of_matrices_in_8_bits(key: str, value: int, changes: list[str]) -> None:
+    message = refusal([*FP8, f"{key}={value}", *changes])
+    assert f"{key}={value}" in message and message.endswith("kernels.frozen_gemm=bf16 would work")
+    load_config(None, [*FP8, "kernels.frozen_gemm=bf16", f"{key}={value}", *changes])
+    load_config(None, [*FP8, "model.freeze={text: false, vision: false}", f"{key}={value}", *changes])
+
+
+@pytest.mark.parametrize("name", ["tiny", "atum-9b", "atum-80b"])
+def test_models_that_have_such_sides(name: str) -> None:
+    load_config(None, [*FP8, f"model.preset={name}", "parallel.tensor=4"])

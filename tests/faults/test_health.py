@@ -290,6 +290,42 @@ def test_a_flipped_bit_in_a_frozen_weight_is_found(layout: str, data: Path, tmp_
     assert [line["step"] for line in numbers_of(tmp_path)] == [1, 2]
 
 
+FP8 = [FROZEN, "kernels.frozen_gemm=fp8", "model.vision.intermediate_size=32"]
+
+
+def flip_a_bit_of_8(rank: int) -> None:
+    """On rank 1, after the second step, in what the products of one frozen weight use."""
+    import torch
+
+    from megatron_atum.model.frozen_gemm import frozen_matrices
+    from megatron_atum.training.engine import Engine
+
+    apply, done = Engine.apply, []
+
+    def flipping(self: Engine, result: Any) -> None:
+        apply(self, result)
+        done.append(1)
+        if rank == 1 and len(done) == 2:
+            *_, (_, _, matrix) = frozen_matrices(self.stages)
+            matrix.values_NK.view(torch.uint8).view(-1)[3] ^= 1
+
+    Engine.apply = flipping  # type: ignore[method-assign]
+
+
+def test_a_flipped_bit_in_an_8_bit_copy_is_found_and_the_run_goes_on_from_before(data: Path, tmp_path: Path) -> None:
+    changes = [*FP8, "health.checksum_every=2", "training.steps=6"]
+    outcome = trained(tmp_path / "flipped", data, "pp2", *changes, hook=flip_a_bit_of_8, outlive_s=5.0)
+    assert outcome.codes == [1, 1], outcome.logs
+    assert "frozen products: 12 matrices in fp8" in outcome.logs[0]
+    for log in outcome.logs:
+        assert "frozen weights have changed: rank 1 on" in log and "mlp.linear_fc2.weight in 8 bits" in log
+
+    again = trained(tmp_path / "flipped", data, "pp2", *changes)  # from its second step
+    whole = trained(tmp_path / "whole", data, "pp2", *changes)
+    assert again.codes == whole.codes == [0, 0], again.logs
+    assert numbers_of(tmp_path / "flipped") == numbers_of(tmp_path / "whole")
+
+
 def test_sound_weights_pass(data: Path, tmp_path: Path) -> None:
     outcome = trained(tmp_path, data, "tp2pp2", FROZEN, "health.checksum_every=1", "training.steps=3")
     assert outcome.codes == [0] * 4, outcome.logs

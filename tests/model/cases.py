@@ -212,35 +212,42 @@ def reference(case: Case) -> Expected:
     state = model.state_dict()
     randomise(state, case.seed, case.small_norm_inputs)
     batches = make_batches(case)
+    logits, gradients, loss = run_hugging_face(model, batches)
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    return Expected(case, config.to_dict(), state, batches, logits, gradients, loss)
+
+
+def run_hugging_face(model: Any, batches: list[Batch]) -> tuple[list[Tensor], dict[str, Tensor], float]:
+    """Logits of each batch, gradients and loss, on the device and in the precision of the model."""
     tokens = sum(float(batch.loss_mask.sum()) for batch in batches)
     z_tokens = sum(float(batch.z_mask.sum()) for batch in batches)
-    all_logits, total = [], torch.zeros(())
+    all_logits, total = [], torch.zeros((), device=model.device)
     for batch in batches:
-        logits = _hf_logits(model, batch, case)
-        lse = logits.logsumexp(-1)
-        nll = lse - logits.gather(-1, batch.labels[..., None]).squeeze(-1)
-        total = total + (nll * batch.loss_mask).sum() / tokens + Z_WEIGHT * (lse**2 * batch.z_mask).sum() / z_tokens
+        inputs = {name: x if x is None else x.to(model.device) for name, x in hf_inputs(batch).items()}
+        interpolates = batch.pixels.shape[-1] != model.config.vision_config.image_size
+        logits = model(**inputs, interpolate_pos_encoding=interpolates, use_cache=False).logits
+        labels, loss_mask, z_mask = (x.to(model.device) for x in (batch.labels, batch.loss_mask, batch.z_mask))
+        lse = logits.float().logsumexp(-1)
+        nll = lse - logits.float().gather(-1, labels[..., None]).squeeze(-1)
+        total = total + (nll * loss_mask).sum() / tokens + Z_WEIGHT * (lse**2 * z_mask).sum() / z_tokens
         all_logits.append(logits.detach())
     total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    state = {name: tensor.clone() for name, tensor in state.items()}
-    return Expected(case, config.to_dict(), state, batches, all_logits, gradients, float(total.detach()))
+    return all_logits, gradients, float(total.detach())
 
 
-def _hf_logits(model: Any, batch: Batch, case: Case) -> Tensor:
+def hf_inputs(batch: Batch) -> dict[str, Tensor | None]:
     # Where there is a mask, positions are its own business; else padding is on the right, where no real token looks.
     mask, positions = batch.attention_mask, None
     if mask is None:
         mask, positions = torch.ones_like(batch.input_ids, dtype=torch.bool), batch.position_ids
-    return model(
-        input_ids=batch.input_ids,
-        attention_mask=mask,
-        position_ids=positions,
-        pixel_values=_padded_pixels(batch),
-        image_attention_mask=image_mask(batch),
-        interpolate_pos_encoding=case.pixels is not None,
-        use_cache=False,
-    ).logits
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "pixel_values": _padded_pixels(batch),
+        "image_attention_mask": image_mask(batch),
+    }
 
 
 def pixels_of_rank(batch: Batch, tensor_rank: int, tensor_size: int) -> Batch:

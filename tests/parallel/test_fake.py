@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_atum.config.loader import load_config
 from megatron_atum.parallel.device import hide_accelerators
-from megatron_atum.parallel.fake import fake_world, is_fake
+from megatron_atum.parallel.fake import fake_world, is_fake, lone_rank
 from megatron_atum.parallel.groups import build_groups
 from megatron_atum.parallel.layout import ParallelLayout
 from tests.distributed import run_distributed
@@ -59,3 +59,48 @@ def mixed(rank: int, world_size: int) -> bool:
 
 def test_blocks_share_their_tensors() -> None:
     assert run_distributed(mixed, 1) == [True]
+
+
+def alone(rank: int, world_size: int) -> dict[str, object]:
+    """On real tensors: what the others would send is never what memory happened to hold."""
+    from megatron.core.tensor_parallel import layers, mappings
+
+    dist.destroy_process_group()
+    places = [(dist, "reduce_scatter_tensor"), (dist, "batch_isend_irecv"), (dist, "all_gather_object")]
+    places += [(module, "dist_reduce_scatter_func") for module in (layers, mappings)]
+    before = [getattr(module, name) for module, name in places]
+    whole = torch.arange(16.0)
+    with lone_rank(5, 8):
+        assert is_fake()
+        assert all(getattr(module, name) is not old for (module, name), old in zip(places, before, strict=True))
+        scattered, handle_of = torch.full((3, 2), torch.nan), []
+        for part, (module, name) in zip(scattered, (places[0], *places[3:]), strict=True):
+            handle_of.append(getattr(module, name)(part, whole, group=dist.group.WORLD, async_op=True))
+        for handle in handle_of:
+            handle.wait()
+        gathered = torch.full((16,), torch.nan)
+        dist.all_gather_into_tensor(gathered, torch.tensor([1.0, 2.0]))
+        sent, received = torch.zeros(1000), torch.full((1000,), torch.nan, requires_grad=True)
+        operations = [dist.P2POp(dist.isend, sent, 4), dist.P2POp(dist.irecv, received, 6)]
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()
+    after = [getattr(module, name) for module, name in places]
+    return {
+        "reduce-scatter": scattered.tolist(),
+        "gather": gathered.tolist(),
+        "sent": sent.any().item(),
+        "received": 0.8 < float(received.detach().std()) < 1.2 and received.requires_grad,
+        "as before": [a is b for a, b in zip(before, after, strict=True)],
+    }
+
+
+def test_a_rank_alone_is_answered_with_its_own_values() -> None:
+    assert run_distributed(alone, 1) == [
+        {
+            "reduce-scatter": [[10.0, 11.0]] * 3,
+            "gather": [1.0, 2.0] * 8,
+            "sent": False,
+            "received": True,
+            "as before": [True] * 5,
+        }
+    ]

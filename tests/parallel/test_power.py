@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import types
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -89,4 +90,7 @@ def test_a_real_device_uses_energy() -> None:
         x @ x
         torch.cuda.synchronize()
     used = meter.joules()
-    assert used is not None and 10 < used < 3000
+    if find_spec("pynvml") is None:  # nvidia-ml-py is optional
+        assert used is None
+    else:
+        assert used is not None and 10 < used < 3000

@@ -50,6 +50,10 @@ LAYOUTS = {
     "buckets": ["parallel.tensor=2", "parallel.sequence=false", "optimizer.bucket_size=20000"],
     "plain optimizer": ["parallel.pipeline=2", "optimizer.distributed=false", "training.global_batch_size=16"],
     "selective": ["parallel.tensor=4", "training.recompute=selective", FROZEN],
+    "frozen in 8 bits": [
+        *("parallel.tensor=2", "parallel.pipeline=2", "training.recompute=selective"),
+        *("kernels.frozen_gemm=fp8", FROZEN),
+    ],
 }
 EIGHT = ("parallel.tensor=8", "training.micro_batch_size=4")  # the 80B recipe in another form, for hand counts
 Key = tuple[str, str]  # group and operation
@@ -105,6 +109,7 @@ def _second_step(config: Config, world_size: int) -> RealRun:
         for parameter in stage.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
     engine.build_optimizer()
+    engine.cast_frozen()
     rows = config.training.micro_batch_size * groups.layout.data
     batches = [full_batch(config, groups, IMAGES)] * (config.training.global_batch_size // rows)
     engine.step(batches[:2])  # the first makes the optimizer's state; the schedules want a multiple of the stages

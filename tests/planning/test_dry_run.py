@@ -12,19 +12,20 @@ import torch
 
 from megatron_atum.batch import image_slice
 from megatron_atum.config.loader import load_config
-from megatron_atum.config.schema import Config
+from megatron_atum.config.schema import Config, KernelsConfig
 from megatron_atum.flops import Work, products
 from megatron_atum.model.cross_attention import GatedCrossAttentionLayer
 from megatron_atum.model.vocabulary import padded_vocabulary
 from megatron_atum.parallel.layout import ParallelLayout
 from megatron_atum.planning.cluster import load_cluster
-from megatron_atum.planning.dry_run import DryRun
+from megatron_atum.planning.dry_run import DryRun, as_on_accelerator
 from megatron_atum.planning.recorder import GRAIN
 from megatron_atum.planning.traffic import Microbatch, traffic_of
 from megatron_atum.planning.weights import chunk_weights
 from tests.distributed import run_distributed
 from tests.planning.cases import FROZEN, IMAGES, LAYOUTS, PLAYED, RealRun, by_kind, config_of, laptop, play
 
+FP8 = "kernels.frozen_gemm=fp8"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -83,9 +84,12 @@ def test_products_equal_closed_forms(name: str, played: dict[str, list[DryRun]])
         assert run.trainable == sum(weight.values for weight in held if weight.trains)
 
 
-def test_messages_equal_closed_forms() -> None:
+@pytest.mark.parametrize(
+    "changes", [[], *([FP8, f"training.recompute={kind}"] for kind in ("none", "selective", "full"))]
+)
+def test_messages_equal_closed_forms(changes: list[str]) -> None:
     """With all kinds of ranks at once: tensor, pipeline and data."""
-    config, cluster = config_of("interleaved", FROZEN, "training.global_batch_size=16"), laptop(2, 4)
+    config, cluster = config_of("interleaved", FROZEN, "training.global_batch_size=16", *changes), laptop(2, 4)
     closed = traffic_of(Microbatch(config, ParallelLayout.from_config(config, 8), sum(IMAGES)), cluster)
     (runs,) = run_distributed(play, 1, config, cluster, [0, 7])
     for run in runs:
@@ -107,6 +111,20 @@ def test_few_microbatches_stand_for_all(name: str, played: dict[str, list[DryRun
         # a loss stays of each microbatch, which takes the least that the allocator gives
         missing = GRAIN * (whole.microbatches_run - short.microbatches_run)
         assert whole.memory.total - missing <= short.memory.total <= whole.memory.total
+
+
+def test_frozen_matrices_in_8_bits_take_half_the_memory() -> None:
+    plain, fp8 = (
+        run_distributed(play, 1, config_of("tensor and pipeline, frozen", *changes), laptop(2, 2), [0])[0][0]
+        for changes in ([], [FP8])
+    )
+    assert (fp8.parameters, fp8.trainable, fp8.flops) == (plain.parameters, plain.trainable, plain.flops)
+    H, F, V, W = 128, 320, 64, 128  # of model.preset=tiny; two tensor ranks, two layers in a stage
+    text, vision = 2 * (4 * H * H + 3 * H * F) // 2, 2 * (4 * V * V + 2 * V * W)
+    scales = 4 * (2 * ((3 * H + 2 * F) // 2 + 2 * H) + 2 * (5 * V + W))
+    saved = plain.memory.parameters - fp8.memory.parameters
+    assert saved == pytest.approx(3 * (text + vision) - scales, abs=32 * GRAIN), "fp32 here: 3 of 4 bytes"
+    assert (fp8.memory.gradients, fp8.memory.optimizer) == (plain.memory.gradients, plain.memory.optimizer)
 
 
 def test_links_follow_the_nodes(played: dict[str, list[DryRun]]) -> None:
@@ -159,3 +177,8 @@ def test_a_rank_of_512_fits_into_a_small_machine() -> None:
     assert (run.parameters, run.trainable) == (20 * decoder + 5 * cross, 5 * cross)
     assert seconds < 60 and run.process_gib < 2
     assert 14 < run.memory.total / 2**30 < 20
+
+
+def test_kernels_that_need_a_device_are_played_by_torch_s() -> None:
+    config = Config(kernels=KernelsConfig(backend="te", frozen_gemm="fp8", adam="apex"))
+    assert as_on_accelerator(config).kernels == KernelsConfig(frozen_gemm="fp8")

@@ -33,6 +33,7 @@ CASES = {
         "model.freeze.vision=false",
     ],
     "one stage": ["parallel.tensor=2"],
+    "frozen in 8 bits": ["parallel.tensor=2", "parallel.pipeline=2", "kernels.frozen_gemm=fp8"],
     "one stage, recomputed": [
         *("parallel.tensor=4", "training.micro_batch_size=4"),
         "training.recompute=full",

@@ -121,6 +121,9 @@ def test_nothing_to_start_from(data: Path, tmp_path: Path) -> None:
         ("checkpoint.init={weights}/none", CheckpointError, "not a folder"),
         ("checkpoint.load={weights}/none", CheckpointError, "no such folder"),
         ("checkpoint.keep_every=-1", ConfigError, "checkpoint.keep_every=-1"),
+        ("kernels.backend=te", ConfigError, r"kernels\.backend=te needs Transformer Engine.*pip install"),
+        ("kernels.adam=apex", ConfigError, r"kernels\.adam=apex: .*kernels\.adam=torch would work"),
+        ("kernels.adam=te", ConfigError, r"kernels\.adam=te: .*kernels\.adam=torch would work"),
     ],
 )
 def test_what_cannot_be_started_from(
