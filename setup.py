@@ -42,7 +42,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
-        "te": ["transformer-engine[pytorch]>=2.0"],
+        "te": ["transformer-engine[pytorch]>=2.2"],
         # converters (parquet, images by URL), s3://, plots
         "data": ["matplotlib>=3.8", "pyarrow>=15", "requests>=2.32", "s3fs>=2024.2", "urllib3>=2.2"],
         "logging": ["matplotlib>=3.8", "nvidia-ml-py>=12", "tensorboard>=2.15", "wandb>=0.17"],

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,14 +21,13 @@ from botocore.exceptions import BotoCoreError, ClientError
 from sagemaker.exceptions import UnexpectedStatusException
 from sagemaker.inputs import FileSystemInput, TrainingInput
 from sagemaker.pytorch import PyTorch
-from sagemaker_job import CHECKPOINTS, CODE, ROOT, ChannelConfig, JobConfig
+from sagemaker_code import pack
+from sagemaker_job import CHECKPOINTS, ROOT, ChannelConfig, JobConfig
 
-from megatron_atum.config.revision import REVISION_FILE, git_state
 from megatron_atum.errors import ConfigError
 from megatron_atum.launch.sagemaker import METRICS, with_kept
 
 HOUR_S = 3600
-MOST_CODE_BYTES = 100 * 10**6  # every instance fetches and unpacks it; code takes a few megabytes
 # Instead of the files that the SDK would look for: no reports to Amazon of what is called, and no values but the job's.
 SETTINGS = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
 
@@ -111,7 +106,7 @@ def _sdk(job: JobConfig, session: boto3.Session) -> sagemaker.Session:
 def _fit(job: JobConfig, session: boto3.Session) -> str:
     name = f"{job.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     with tempfile.TemporaryDirectory(prefix="atum-code-") as folder:
-        pack(job, Path(folder))
+        pack(ROOT, Path(job.config), Path(folder))
         channels = {channel: _input(config) for channel, config in job.channels.items()}
         _estimator(job, _sdk(job, session), folder).fit(channels or None, job_name=name, wait=False)
     return name
@@ -163,51 +158,6 @@ def _input(channel: ChannelConfig) -> FileSystemInput | TrainingInput:
 def _folder(uri: str) -> str:
     """SageMaker takes a prefix as it is: without the slash runs/a brings what is in runs/a-second too."""
     return uri.rstrip("/") + "/"
-
-
-def pack(job: JobConfig, folder: Path) -> None:
-    """The code that runs is the checkout's. No setup.py: the toolkit would take it for a package to install.
-
-    Raises:
-        ConfigError: a link, or more than code takes.
-    """
-    files = sorted({*_code_files(ROOT), Path(job.config)})
-    _check_code(ROOT, files)
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, folder / file)
-    (folder / "megatron_atum" / REVISION_FILE).write_text(git_state() + "\n")
-
-
-def _code_files(root: Path) -> list[Path]:
-    """Names below `root` of what CODE names, of a git checkout without what git ignores."""
-    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *CODE]
-    try:
-        done = subprocess.run(command, capture_output=True, check=True)
-        found = [root / os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
-    except (OSError, subprocess.CalledProcessError):
-        found = []
-    if root / "pretrain_atum.py" not in found:  # no checkout, or a folder that the one around it ignores
-        everything = [path for name in CODE for path in (root / name, *(root / name).rglob("*"))]
-        found = [path for path in everything if "__pycache__" not in path.parts]
-    # A file that was deleted is still listed by git until it is committed.
-    return [path.relative_to(root) for path in found if path.is_symlink() or path.is_file()]
-
-
-def _check_code(root: Path, files: list[Path]) -> None:
-    """Raises ConfigError."""
-    sizes: Counter[Path] = Counter()
-    for file in files:
-        link = next((place for place in (file, *file.parents) if (root / place).is_symlink()), None)
-        if link is not None:
-            raise ConfigError(f"{root / link} is a link, which does not go along with the job; put what it names there")
-        sizes[file.parent] += (root / file).stat().st_size
-    ((largest, size),) = sizes.most_common(1)
-    if sizes.total() > MOST_CODE_BYTES:
-        raise ConfigError(
-            f"the code of the job has {sizes.total() / 1e6:.0f} MB and may have {MOST_CODE_BYTES / 1e6:.0f}; "
-            f"{root / largest} has {size / 1e6:.0f} of them: keep data elsewhere, or let git ignore them"
-        )
 
 
 # Without a cloud ------------------------------------------------------------------------------------------------------

@@ -5,15 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from megatron_atum.errors import ConfigError
-from megatron_atum.launch.own_environment import make_environment
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "examples" / "sagemaker"
@@ -55,8 +52,8 @@ MISTAKES = {
     "no_instance": (EIGHTY_B, ["job.instances=0"], ["job.instances=0"]),
     "no_efa": (
         ONE_NODE,
-        ["job.instance_type=ml.g5.12xlarge", "job.instances=2"],
-        ["ml.g5.12xlarge has no EFA", "ml.p4d.24xlarge"],
+        ["job.instance_type=ml.g5.4xlarge", "job.instances=2"],
+        ["ml.g5.4xlarge has no EFA", "ml.p4d.24xlarge"],
     ),
     "spot_without_wait": (EIGHTY_B, ["job.spot=true"], ["job.max_wait_h", "240 would work"]),
     "wait_without_spot": (EIGHTY_B, ["job.max_wait_h=200"], ["job.spot=true"]),
@@ -64,6 +61,9 @@ MISTAKES = {
     "no_time": (ONE_NODE, ["job.max_run_h=0"], ["job.max_run_h=0", "above 0"]),
     "retries": (EIGHTY_B, ["job.retries=31"], ["job.retries=31", "0 to 30"]),
     "role_by_name": (EIGHTY_B, ["job.role=atum"], ["job.role=atum", "arn:aws:iam::ACCOUNT:role/NAME"]),
+    "region": (EIGHTY_B, ["job.region=us-east1"], ["did you mean 'us-east-1'?"]),
+    "region_of_the_image": (EIGHTY_B, ["job.region=eu-west-1"], ["lies in us-east-1", "job.region=eu-west-1"]),
+    "blank_in_the_image": (EIGHTY_B, ["job.image=atum :0.1"], ["'atum :0.1'", "without blanks"]),
     "not_s3": (ONE_NODE, ["job.checkpoints=/data"], ["job.checkpoints=/data", "s3://"]),
     "half_a_vpc": (EIGHTY_B, ["job.security_groups=[]"], ["job.subnets and job.security_groups"]),
     "fsx_without_vpc": (EIGHTY_B, ["job.security_groups=[]", "job.subnets=[]"], ["job.channels.atum", "VPC"]),
@@ -86,8 +86,31 @@ MISTAKES = {
     "lost_with_the_instance": (ONE_NODE, ["logging.root=/data"], ["lost", "logging.root=/opt/ml/checkpoints"]),
     "not_copied": (ONE_NODE, ["job.checkpoints=null"], ["lost", "job.checkpoints"]),
     "copied_in_vain": (EIGHTY_B, ["job.checkpoints=s3://b/p"], ["job.checkpoints copies /opt/ml/checkpoints"]),
+    "tokenizer_elsewhere": (
+        EIGHTY_B,
+        ["data.tokenizer=/fsx/tokenizer.model"],
+        ["data.tokenizer=/fsx/tokenizer.model", "below /opt/ml/input/data/atum"],
+    ),
+    "tokenizer_by_url": (
+        EIGHTY_B,
+        ["data.tokenizer=s3://b/tokenizer.model"],
+        ["data.tokenizer=s3://b/tokenizer.model"],
+    ),
+    "channel_of_another_name": (EIGHTY_B, ["job.environment.ATUM_DATA=/opt/ml/input/data/atum2"], ["no instance of"]),
+    "out_of_the_channel": (EIGHTY_B, ["checkpoint.init=/opt/ml/input/data/atum/../x"], ["checkpoint.init=/opt"]),
+    "load_elsewhere": (EIGHTY_B, ["checkpoint.load=runs/first"], ["checkpoint.load=runs/first", "megatron_atum"]),
+    "shards_elsewhere": (
+        EIGHTY_B,
+        ["data.sources=[{name: mine, shards: /x, weight: 1}]"],
+        ["data.sources.mine.shards=/x", "s3://BUCKET/..., or below"],
+    ),
+    "validation_elsewhere": (
+        EIGHTY_B,
+        ["data.validation=[{name: mine, shards: /x}]"],
+        ["data.validation.mine.shards=/x"],
+    ),
     "too_long": (EIGHTY_B, [f"logging.run={'x' * 2499}"], ["logging.run", "2500"]),
-    "too_many": (EIGHTY_B, [f"a.b{number}=1" for number in range(100)], ["100 overrides"]),
+    "too_many": (EIGHTY_B, [f"a.b{number}=1" for number in range(93)], ["93 overrides", "a job takes 92"]),
     "wrong_mixture": (
         EIGHTY_B,
         ["data.sources=[{name: mine, shards: /x}, {name: pmd, shards: /y}]"],
@@ -107,6 +130,34 @@ def test_mistakes(name: str) -> None:
         assert needle in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "name", [str(ROOT / "examples/atum-80b/pretrain.yaml"), "examples/../docs/../examples/atum-80b/pretrain.yaml"]
+)
+def test_the_configuration_has_the_name_that_it_has_on_the_ranks(name: str) -> None:
+    job = sagemaker_job.load_job(EIGHTY_B, [f"job.config={name}"])
+    assert job.hyperparameters["config"] == "examples/atum-80b/pretrain.yaml"
+
+
+def test_files_may_come_by_url_and_with_the_code() -> None:
+    sources = "data.sources=[{name: mine, shards: 's3://b/*.tar', weight: 1}]"
+    sagemaker_job.load_job(EIGHTY_B, [sources, "data.tokenizer=examples/tiny/tokenizer.model", "data.validation=[]"])
+
+
+def test_as_many_hyperparameters_as_the_service_takes() -> None:
+    job = sagemaker_job.load_job(EIGHTY_B, [])
+    job.overrides = [f"a.b{number}=1" for number in range(92)]
+    sagemaker_job._check_hyperparameters(job)
+    assert len(job.hyperparameters) + sagemaker_job.OF_THE_SDK == 100
+
+
+def test_variables_of_the_user_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPS", "5")
+    with pytest.raises(ConfigError, match="STEPS"):
+        sagemaker_job.load_job(EIGHTY_B, ["training.steps=${oc.env:STEPS}"])
+    job = sagemaker_job.load_job(EIGHTY_B, ["training.steps=${oc.env:STEPS}", "job.environment.STEPS=7"])
+    assert sagemaker_job.training_config(job).training.steps == 7 and os.environ["STEPS"] == "5"
+
+
 def test_the_environment_of_the_job_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ATUM_DATA", raising=False)
     sagemaker_job.load_job(EIGHTY_B, [])
@@ -122,46 +173,3 @@ def pins(file: Path) -> dict[str, str]:
 def test_the_sdk_is_pinned_with_all_it_needs() -> None:
     packages = pins(HERE / "requirements.txt")
     assert packages["sagemaker"].startswith("2.") and {"boto3", "botocore", "omegaconf", "PyYAML"} <= packages.keys()
-
-
-def test_the_toolkit_is_the_one_of_the_image() -> None:
-    packages = pins(Path(__file__).with_name("sagemaker_toolkit.txt"))
-    image = dict(re.findall(r"^ARG (SAGEMAKER_\w+)=([\d.]+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
-    assert image == {
-        "SAGEMAKER_TRAINING": packages["sagemaker_training"],
-        "SAGEMAKER_PYTORCH_TRAINING": packages["sagemaker_pytorch_training"],
-    }
-
-
-# Environments of their own -------------------------------------------------------------------------------------------
-
-
-def test_an_environment_is_made_once_and_anew_for_other_packages(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder, requirements = tmp_path / "venvs" / "own", tmp_path / "requirements.txt"
-    requirements.write_text("")
-    python = make_environment(folder, requirements)
-    assert (
-        subprocess.run([python, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True).stdout
-        == f"{folder}\n"
-    )
-    (folder / "mark").touch()
-    make_environment(folder, requirements)
-    assert (folder / "mark").exists()
-    assert capfd.readouterr().err.count("making") == 1
-
-    requirements.write_text("# others")
-    with ThreadPoolExecutor(2) as pool:  # in two threads as in two processes
-        again = pool.map(lambda _: make_environment(folder, requirements), range(2))
-        assert list(again) == [python, python]
-    assert not (folder / "mark").exists()
-    (folder / "mark").touch()
-    assert capfd.readouterr().err.count("making") == 1
-
-    requirements.write_text("no-such-package-of-atum==1 @ nowhere\n")
-    with pytest.raises(ConfigError, match="pip cannot install"):
-        make_environment(folder, requirements)
-    requirements.write_text("")
-    make_environment(folder, requirements)  # what had failed does not count
-    assert not (folder / "mark").exists()
