@@ -37,9 +37,10 @@ def make_environment(
     Raises:
         ConfigError: the folder cannot be written, or pip is missing or cannot install them.
     """
-    is_file = isinstance(requirements, Path)
-    words = ["-r", str(requirements)] if is_file else list(requirements)
-    content = requirements.read_text() if is_file else "\n".join(words)
+    if isinstance(requirements, Path):
+        words, content = ["-r", str(requirements)], requirements.read_text()
+    else:
+        words, content = list(requirements), "\n".join(requirements)
     made_of = "\n".join([sys.version, *([str(shared_site)] if shared_site else []), *options, content])
     complete, python = folder / "complete", folder / "bin" / "python"
     try:
@@ -60,7 +61,7 @@ def make_environment(
 def _make(folder: Path, shared_site: Path | None) -> None:
     if importlib.util.find_spec("pip") is None:
         raise ConfigError(
-            f"{sys.executable} has no pip, with which {folder} is made; {sys.executable} -m ensurepip may install it"
+            f"{sys.executable} has no pip; {folder} is made with it, and {sys.executable} -m ensurepip may install it"
         )
     print(f"making {folder} ...", file=sys.stderr, flush=True)
     venv.create(folder, with_pip=False, clear=True)

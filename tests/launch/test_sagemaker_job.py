@@ -7,6 +7,8 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 HERE = ROOT / "examples" / "sagemaker"
 sys.path.insert(0, str(HERE))
 sagemaker_job = importlib.import_module("sagemaker_job")
+launch = importlib.import_module("launch")
 
 EIGHTY_B, ONE_NODE = HERE / "pretrain.yaml", HERE / "one-node.yaml"
 TWO_NODES = ["job.instances=2", "job.config=examples/atum-9b/pretrain.yaml"]
@@ -96,7 +99,7 @@ MISTAKES = {
         ["data.tokenizer=s3://b/tokenizer.model"],
         ["data.tokenizer=s3://b/tokenizer.model"],
     ),
-    "channel_of_another_name": (EIGHTY_B, ["job.environment.ATUM_DATA=/opt/ml/input/data/atum2"], ["no instance of"]),
+    "channel_of_another_name": (ONE_NODE, ["job.environment.ATUM_DATA=/opt/ml/input/data/atum2"], ["no instance of"]),
     "out_of_the_channel": (EIGHTY_B, ["checkpoint.init=/opt/ml/input/data/atum/../x"], ["checkpoint.init=/opt"]),
     "load_elsewhere": (EIGHTY_B, ["checkpoint.load=runs/first"], ["checkpoint.load=runs/first", "megatron_atum"]),
     "shards_elsewhere": (
@@ -140,7 +143,8 @@ def test_the_configuration_has_the_name_that_it_has_on_the_ranks(name: str) -> N
 
 def test_files_may_come_by_url_and_with_the_code() -> None:
     sources = "data.sources=[{name: mine, shards: 's3://b/*.tar', weight: 1}]"
-    sagemaker_job.load_job(EIGHTY_B, [sources, "data.tokenizer=examples/tiny/tokenizer.model", "data.validation=[]"])
+    validation = "data.validation=[{name: held_out, shards: 's3://b/held-out/manifest.json'}]"
+    sagemaker_job.load_job(EIGHTY_B, [sources, validation, "data.tokenizer=examples/tiny/tokenizer.model"])
 
 
 def test_as_many_hyperparameters_as_the_service_takes() -> None:
@@ -148,6 +152,22 @@ def test_as_many_hyperparameters_as_the_service_takes() -> None:
     job.overrides = [f"a.b{number}=1" for number in range(92)]
     sagemaker_job._check_hyperparameters(job)
     assert len(job.hyperparameters) + sagemaker_job.OF_THE_SDK == 100
+
+
+def test_limits_of_the_service_are_looked_at_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def request_of(job: Any) -> None:
+        called.append("request_of")
+        raise ConfigError("SageMaker would refuse the job")
+
+    request = SimpleNamespace(request_of=request_of, submit=lambda job: called.append("submit"), follow=None)
+    monkeypatch.setitem(sys.modules, "sagemaker_request", request)
+    monkeypatch.setattr(sagemaker_job, "check_is_real", lambda job: None)
+    options = SimpleNamespace(job=EIGHTY_B, words=[], dry_run=False, follow=False)
+    with pytest.raises(ConfigError, match="would refuse"):
+        launch.launch(options)
+    assert called == ["request_of"]
 
 
 def test_variables_of_the_user_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,17 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-IMPORTS = ("torch", "transformer_engine", "transformer_engine.pytorch", "apex", "megatron.core", "transformers")
-IMPORTS += ("webdataset", "megatron_atum", "megatron_atum.training.run")
+IMPORTS = (
+    "torch",
+    "transformer_engine",
+    "transformer_engine.pytorch",  # the one above does without it
+    "apex",
+    "megatron.core",
+    "transformers",
+    "webdataset",
+    "megatron_atum",
+    "megatron_atum.training.run",
+)
 EXTRAS = ("", "data", "logging")  # of megatron_atum that the image has
 OF_THE_BASE = ("torch", "megatron-core")  # what these ask for is not looked at: the base builds it in another way
 HELD = Path(__file__).resolve().parents[2] / "base-versions.txt"  # written before anything was installed
