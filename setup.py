@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_atum", "megatron_atum.*"]),
-    package_data={"megatron_atum": ["py.typed", "**/*.yaml"]},
+    package_data={"megatron_atum": ["py.typed", "REVISION", "**/*.yaml"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",
