@@ -15,7 +15,8 @@ from megatron_atum.config.schema import Config
 from megatron_atum.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+# But for jobs of SageMaker, which are no training configurations (tests/launch/test_sagemaker_job.py).
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.parent.name != "sagemaker")
 
 
 def write(folder: Path, text: str) -> Path:

@@ -114,11 +114,29 @@ def test_weight_decay_groups(name: str) -> None:
     check_groups(config)
 
 
+def job_of(text: str) -> tuple[str, int, int]:
+    """Configuration, nodes and ranks of a node that the command at the top of a recipe asks for."""
+    command = re.search(r"^#   ((?:.*\\\n#)?.*sbatch.*)$", text, re.MULTILINE)
+    assert command is not None
+    script = re.search(r"examples/slurm/\S+", command[1])
+    assert script is not None
+    asked = command[1] + (ROOT / script[0]).read_text()  # what comes first counts
+
+    def value(pattern: str) -> str:
+        found = re.search(pattern, asked)
+        assert found is not None
+        return found[1]
+
+    ranks = int(value(r"--ntasks-per-node=(\d+)"))
+    return value(r"ATUM_CONFIG=(?:\$\{ATUM_CONFIG:-)?([^\s}]+)"), int(value(r"--nodes=(\d+)")), ranks
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_fits_the_gpus_it_names(name: str) -> None:
     config, published = recipe(name), RECIPES[name]
     text = path_of(name).read_text()
-    assert f"on {published.gpus} GPUs" in text and f"--nnodes {published.gpus // 8} --nproc-per-node 8" in text
+    assert f"on {published.gpus} GPUs" in text
+    assert job_of(text) == (path_of(name).relative_to(ROOT).as_posix(), published.gpus // 8, 8)
     layout = ParallelLayout.from_config(config, published.gpus)
     assert 8 % layout.tensor == 0  # inside a node
     assert f"data parallel {layout.data}" in text
