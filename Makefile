@@ -5,6 +5,8 @@ SHELL := /bin/bash
 
 export OMP_NUM_THREADS ?= 1
 PYTHON := .venv/bin/python
+# Files of tests at a time: most of them wait for processes that they have started.
+JOBS ?= 2
 SOURCES := $(wildcard megatron_atum tools tests benchmarks examples setup.py pretrain_atum.py)
 
 help: ## this list
@@ -27,7 +29,7 @@ test: ## lint, types and all tests
 	@bash tools/setup_cluster_tests.sh
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
-	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory unit ARGS="-n $(JOBS) --dist loadfile $(ARGS)"
 
 test-cluster: setup ## real Slurm, SageMaker's toolkit, hadolint, buildah; as root, else it says what was not run
 	@bash tools/setup_cluster_tests.sh

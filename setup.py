@@ -53,6 +53,7 @@ setup(
             "moto[s3]>=5",
             "mypy>=1.11",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             "types-PyYAML",
             "types-protobuf",
