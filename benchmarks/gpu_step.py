@@ -18,7 +18,8 @@ rate is that of a microbatch, by the FLOPs of its stage: the time by which a ste
     python benchmarks/gpu_step.py --docs        # draws the tables of docs/performance.md from that file
 
 The file is written after every row; a run that fails has a row that says why, and the exit code is 1. `--only` adds to
-a file of the same GPU, code and versions only. `--tokens 4096` halves the rows of a microbatch, for cards of 80 GB.
+a file of the same GPU, code and versions only; ratios are of rows that one process measured. `--tokens 4096` halves the
+rows of a microbatch, for cards of 80 GB.
 
 The ceiling is the rate of one large bf16 product (8192 tokens by the first matrix of the MLP) on random data in the
 same process. The predicted memory is that of a dry run (megatron_atum/planning) of the same case; dry runs take place

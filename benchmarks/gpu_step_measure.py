@@ -28,7 +28,8 @@ KNOWN_WAITS = {
     ("training/engine.py", "_exchange"),
 }
 TOP = 25  # kernels of a profile that are kept
-WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")  # as CUDA's runtime calls them
+STREAM, DEVICE, EVENT = "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"
+WAITING = (STREAM, DEVICE, EVENT)  # as CUDA's runtime calls them
 
 
 def timed(step: Callable[[], Any]) -> float:
@@ -124,18 +125,19 @@ class Wait:
     function: str
     times: int
     known: bool
+    call: str = STREAM  # of CUDA's runtime
 
 
 def waits(step: Callable[[], Any]) -> list[Wait]:
     """Of a step, as torch sees them; and calls of torch.cuda.synchronize, which it does not."""
     if not has_accelerator():
         return []
-    calls: Counter[tuple[str, int]] = Counter()
+    calls: Counter[tuple[str, int, str]] = Counter()
     synchronize = torch.cuda.synchronize
 
     def counted(*arguments: Any) -> None:
         caller = traceback.extract_stack(limit=2)[0]
-        calls[caller.filename, caller.lineno or 0] += 1
+        calls[caller.filename, caller.lineno or 0, DEVICE] += 1
         synchronize(*arguments)
 
     torch.cuda.synchronize = counted
@@ -147,13 +149,13 @@ def waits(step: Callable[[], Any]) -> list[Wait]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize = synchronize
-    calls.update((one.filename, one.lineno) for one in caught if "called a synch" in str(one.message))
-    return [wait_at(file, line, times) for (file, line), times in calls.items()]
+    calls.update((one.filename, one.lineno, STREAM) for one in caught if "called a synch" in str(one.message))
+    return [wait_at(file, line, times, call) for (file, line, call), times in calls.items()]
 
 
-def wait_at(file: str, line: int, times: int) -> Wait:
+def wait_at(file: str, line: int, times: int, call: str = STREAM) -> Wait:
     function, short = function_at(Path(file), line), "/".join(Path(file).parts[-2:])
-    return Wait(short, line, function, times, (short, function) in KNOWN_WAITS)
+    return Wait(short, line, function, times, (short, function) in KNOWN_WAITS, call)
 
 
 def function_at(file: Path, line: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_step_cases import FP8, HF, HF_SAVING, OURS, Run
-from benchmarks.gpu_step_measure import Profile, Wait
+from benchmarks.gpu_step_measure import EVENT, STREAM, Profile, Wait
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/gpu_step.json"
@@ -44,6 +44,7 @@ class Row:
     microbatch_s: float | None = None  # of a shard
     planned_microbatch_s: float | None = None  # by the cost model, without waiting for other ranks
     error: str | None = None
+    run: str | None = None  # when the process began that measured it; None in a file of a single one
 
 
 def failed(run: Run, error: BaseException) -> Row:
@@ -92,6 +93,7 @@ class Results:
         """Args: earlier: a file whose rows stay, save those that are measured again."""
         earlier = earlier or {}
         self.about, self._path = about, path
+        self._run = datetime.datetime.now(datetime.UTC).isoformat()
         commands = [earlier.get("command", ""), about.command]
         self._command = "; ".join(dict.fromkeys(filter(None, commands)))
         self.rows = {row["name"]: Row(**row) for row in earlier.get("rows", [])}
@@ -99,7 +101,7 @@ class Results:
         self._waits: dict[str, Any] = earlier.get("host_waits", {})
 
     def add(self, row: Row, profile: Profile | None = None, waits: Sequence[Wait] | None = None) -> None:
-        self.rows[row.name] = row
+        self.rows[row.name] = replace(row, run=self._run)
         if profile is not None:
             self._profiles[row.name] = {
                 "share_of_products": profile.product_seconds / profile.seconds,
@@ -141,16 +143,17 @@ def differences(about: About, content: dict[str, Any]) -> list[str]:
 
 
 def over_best_hf(rows: Sequence[Row]) -> dict[str, float]:
-    """Our tokens per second over those of the better of Hugging Face's settings, by case."""
+    """Our tokens per second over those of the better of Hugging Face's settings, by case, where one process measured
+    all of them: rates of two may lie apart for reasons of their own."""
     found = {}
     for row in rows:
         theirs = [
-            other.tokens_per_s
+            other
             for other in rows
             if other.who in (HF, HF_SAVING) and (other.length, other.images) == (row.length, row.images)
         ]
-        rates = [rate for rate in theirs if rate]
-        if row.who == OURS and row.tokens_per_s and rates:
+        rates = [other.tokens_per_s for other in theirs if other.tokens_per_s]
+        if row.who == OURS and row.tokens_per_s and rates and all(other.run == row.run for other in theirs):
             found[f"{row.length} tokens, {row.images} images"] = row.tokens_per_s / max(rates)
     return found
 
@@ -173,7 +176,7 @@ def targets(content: dict[str, Any]) -> list[Target]:
         return next(fits, None)
 
     ours, fp8 = main(OURS), main(FP8)
-    over_bf16 = _ratio(fp8 and fp8.model_tflops, ours and ours.model_tflops)
+    over_bf16 = _ratio(fp8.model_tflops, ours.model_tflops) if ours and fp8 and ours.run == fp8.run else None
     over_hf = content["over_best_hf"].get("{length} tokens, {images} images".format(**MAIN))
     return [
         _least("model rate in bf16, of the ceiling", 0.60, ours and ours.of_ceiling, percent=True),
@@ -215,8 +218,9 @@ def _no_other_waits(content: dict[str, Any], rows: Sequence[Row | None]) -> Targ
         places = content["host_waits"][name]
         others += [f"{one['file']}:{one['line']}" for one in places if not one["known"]]
         seen = content["profiles"].get(name, {}).get("waiting", {})
-        unseen = seen.get("cudaStreamSynchronize", 0) - sum(one["times"] for one in places)
-        unseen = max(0, unseen) + seen.get("cudaEventSynchronize", 0)
+        # Each kind against its own; a profile's end waits for the device itself, so those calls say nothing.
+        unseen = seen.get(STREAM, 0) - sum(one["times"] for one in places if one.get("call", STREAM) == STREAM)
+        unseen = max(0, unseen) + seen.get(EVENT, 0)
         others += [f"{unseen} more in the profile of {name}"] if unseen else []
     return Target(what, "none", ", ".join(others) or "none", not others)
 

@@ -107,7 +107,7 @@ def _tensors(engine: Engine) -> Iterator[Tensor]:
     for stage in engine.stages:
         yield from stage.parameters()
     for _, _, matrix in frozen_matrices(engine.stages):
-        yield from (matrix.values_NK, matrix.scales_N)
+        yield from matrix.tensors
     for chunk in engine.chunks:
         for buffer in chunk.buffers:
             yield from (x for x in (buffer.param_data, buffer.grad_data) if x is not None)
@@ -156,10 +156,14 @@ class LoneShard(OfEngine):
         self.batches = [pinned(replace(batch, pixels=pixels))] * SHARD_MICROBATCHES
 
     def step(self) -> None:
-        self.engine.step(self.batches)
+        self._apply(self.batches)
 
     def short_step(self) -> None:
-        self.engine.step(self.batches[:SHARD_FEW])
+        self._apply(self.batches[:SHARD_FEW])
+
+    def _apply(self, batches: list[Batch]) -> None:
+        result = self.engine.step(batches)
+        assert result.is_finite, f"training would not apply this step: {result.losses}, norm {result.grad_norm}"
 
 
 class HuggingFace(Side):

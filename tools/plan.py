@@ -170,13 +170,15 @@ def table(options: argparse.Namespace, planner: Planner) -> tuple[dict[str, Any]
 
 def dry_runs(options: argparse.Namespace, planner: Planner) -> tuple[dict[str, Any], Sequence[str]]:
     """The same for single ranks of the configuration's layout."""
-    from megatron_atum.planning.report import dry_run_json, dry_run_text
+    from megatron_atum.planning.report import dry_run_json, dry_run_text, kernel_remarks
 
     refused = [*planner.chosen(measured=False).refused]
     runs = planner.dry_runs(options.ranks or "stages")
     for run in runs:
         print(dry_run_text(run) + "\n")
         refused += planner.faults_of(run)
+    for line in kernel_remarks(planner.config.kernels):
+        print(f"{line}\n")
     return {"dry_runs": [dry_run_json(run) for run in runs]}, refused
 
 

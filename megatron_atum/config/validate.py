@@ -221,6 +221,7 @@ def _check_health(config: Config) -> None:
 
 
 _FP8_SIDES = 16  # of a matrix: what 8-bit products of GPUs take
+_TE_FP8_ROWS = 8  # of each rank's activations
 
 
 def _check_frozen_gemm(config: Config) -> None:
@@ -228,9 +229,12 @@ def _check_frozen_gemm(config: Config) -> None:
     m = config.model
     if config.kernels.frozen_gemm != "fp8":
         return
+    text = m.freeze.text and "Linear" not in m.freeze.text_exceptions
+    if text and config.kernels.backend == "te":
+        _check_te_rows(config)
     split = _FP8_SIDES * config.parallel.tensor
     sides = [("model.hidden_size", m.hidden_size, split), ("model.intermediate_size", m.intermediate_size, split)]
-    if not m.freeze.text or "Linear" in m.freeze.text_exceptions:
+    if not text:
         sides = []
     if m.freeze.vision and "Linear" not in m.freeze.vision_exceptions:
         sides.append(("model.vision.embed_dim", m.vision.embed_dim, _FP8_SIDES))
@@ -241,6 +245,19 @@ def _check_frozen_gemm(config: Config) -> None:
                 f"kernels.frozen_gemm=fp8 needs matrices with sides of multiples of {_FP8_SIDES}, and {key}={value} is "
                 f"not a multiple of {divisor}; kernels.frozen_gemm=bf16 would work"
             )
+
+
+def _check_te_rows(config: Config) -> None:
+    """Transformer Engine's 8-bit products take rows in multiples of 8. (Torch's take any number.)"""
+    sequence, tensor = config.data.sequence_length, config.parallel.tensor
+    rows = config.training.micro_batch_size * sequence
+    divisor = _TE_FP8_ROWS * (tensor if config.parallel.sequence else 1)
+    if rows % divisor:
+        raise ConfigError(
+            f"kernels.frozen_gemm=fp8 with kernels.backend=te needs training.micro_batch_size x data.sequence_length "
+            f"in multiples of {divisor}, and data.sequence_length={sequence} makes it {rows}; "
+            "kernels.frozen_gemm=bf16 would work"
+        )
 
 
 def _check_sources(config: Config) -> None:

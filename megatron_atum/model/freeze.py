@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from megatron_atum.model.norm import LayerNorm
 # the text model; the class embedding and the patch convolution are of none of these kinds.
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "LayerNorm": (LayerNorm,),
-    "Linear": (TORCH.column, TORCH.row),  # and those of kernels.backend in decoder layers
+    "Linear": (TORCH.column, TORCH.row),
     "Embedding": (),  # parameters named in _EMBEDDINGS
 }
 _EMBEDDINGS = ("position_embedding",)
@@ -28,9 +28,10 @@ def freeze(stage: nn.Module, config: FreezeConfig, classes: LayerClasses = TORCH
     Args:
         classes: of the decoder layers.
     """
+    kinds = {**_KINDS, "Linear": (TORCH.column, TORCH.row, classes.column, classes.row)}
     if config.text:
         for name in ("decoder_layers", "final_norm"):
-            _freeze_module(getattr(stage, name, None), config.text_exceptions, (classes.column, classes.row))
+            _freeze_module(getattr(stage, name, None), config.text_exceptions, kinds)
         _freeze_module(_at(stage, "embedding", "base"), ())
     if config.vision:
         _freeze_module(getattr(stage, "vision", None), config.vision_exceptions)
@@ -48,15 +49,14 @@ def _at(module: nn.Module, *names: str) -> nn.Module | None:
 
 
 def _freeze_module(
-    module: nn.Module | None, exceptions: Iterable[str], linears: tuple[type[nn.Module], ...] = ()
+    module: nn.Module | None, exceptions: Iterable[str], kinds: Mapping[str, tuple[type[nn.Module], ...]] = _KINDS
 ) -> None:
     if module is None:
         return
     module.requires_grad_(False)
-    kinds = tuple(kind for name in exceptions for kind in _KINDS[name])
-    kinds += linears if "Linear" in exceptions else ()
+    trained = tuple(kind for name in exceptions for kind in kinds[name])
     for part in module.modules():
-        if isinstance(part, kinds):
+        if isinstance(part, trained):
             part.requires_grad_(True)
     if "Embedding" in exceptions:
         for name in _EMBEDDINGS:

@@ -8,7 +8,8 @@ the same values; torch's scaled product multiplies its result with the scales:
     dx = dy W  ~ cast(dy s) Q, times the scales of dy s
 
 Of e4m3's 3 bits of fraction a rounding costs 2^-4 of a value at most, or 2^-10 of the row's scale for values below 2^-6
-of it; a row's scale brings its largest value to 448, the largest of e4m3. Sums are fp32, results have the dtype of x.
+of it; a row's scale brings its largest value to 448, the largest of e4m3. Sums are fp32 in backward; in forward they
+may have fewer bits on Hopper (cuBLAS's fast accumulation). Results have the dtype of x.
 
 The second product wants Q the other way round on NVIDIA's tensor cores (both operands lie along what is summed over).
 Q is turned for each product: the time of reading and writing its bytes, against a second copy's memory.
@@ -40,6 +41,7 @@ from megatron_atum.parallel.fusion import fused
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # value of e4m3
+_AT_ONCE = 2**22  # values of a weight that are cast at a time: a whole product with the scales would be in fp32
 _NO_ZERO = 1e-30  # of a row of zeros: its scale must not be 0. 448 / 1e-30 is a number in fp32
 _CAST = ("decoder_layers", "vision")  # the head's logits would carry the error into the loss (docs/performance.md)
 
@@ -78,8 +80,8 @@ def _cast_scaled(gradient_MN: Tensor, scales_N: Tensor) -> tuple[Tensor, Tensor]
 
 
 @fused
-def _turned(values_NK: Tensor) -> Tensor:
-    return values_NK.t().contiguous()
+def _turned(bytes_NK: Tensor) -> Tensor:
+    return bytes_NK.t().contiguous()
 
 
 def _product(a_MK: Tensor, a_M: Tensor, b_KN: Tensor, b_N: Tensor, dtype: torch.dtype, *, fast: bool) -> Tensor:
@@ -97,6 +99,7 @@ class FrozenMatrix:
 
     values_NK: Tensor  # e4m3
     scales_N: Tensor  # fp32
+    ones_K: Tensor  # fp32: the scales of backward's product, whose gradients are multiplied with scales_N before
 
     @classmethod
     def of(cls, weight_NK: Tensor, row_group: dist.ProcessGroup | None) -> FrozenMatrix:
@@ -106,14 +109,24 @@ class FrozenMatrix:
                 same at every layout. Collective over it.
         """
         weight_NK = weight_NK.detach()
-        largest_N = weight_NK.abs().amax(-1).float().clamp(min=_NO_ZERO)
+        parts = weight_NK.split(max(1, _AT_ONCE // weight_NK.shape[1]))
+        largest_N = torch.cat([part.abs().amax(-1) for part in parts]).float().clamp(min=_NO_ZERO)
         if row_group is not None and row_group.size() > 1:
             dist.all_reduce(largest_N, op=dist.ReduceOp.MAX, group=row_group)
-        return cls((weight_NK * (LARGEST / largest_N)[:, None]).to(E4M3), largest_N / LARGEST)
+        values_NK = torch.empty_like(weight_NK, dtype=E4M3)
+        places = (tensor.split(len(parts[0])) for tensor in (values_NK, LARGEST / largest_N))
+        for part, values, factors in zip(parts, *places, strict=True):
+            values.copy_(part * factors[:, None])
+        return cls(values_NK, largest_N / LARGEST, largest_N.new_ones(weight_NK.shape[1]))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is on the device."""
+        return self.values_NK, self.scales_N, self.ones_K
 
     @property
     def nbytes(self) -> int:
-        return self.values_NK.nbytes + self.scales_N.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def __call__(
         self,
@@ -133,7 +146,7 @@ class FrozenMatrix:
         """
         gathers = tp_group if sequence_parallel else None
         reduces = tp_group if allreduce_dgrad else None
-        out = _FrozenProduct.apply(input, self.values_NK, self.scales_N, gathers, reduces)
+        out = _FrozenProduct.apply(input, *self.tensors, gathers, reduces)
         return out if bias is None else out + bias
 
 
@@ -144,6 +157,7 @@ class _FrozenProduct(torch.autograd.Function):
         x_sbK: Tensor,
         values_NK: Tensor,
         scales_N: Tensor,
+        ones_K: Tensor,
         gathers: dist.ProcessGroup | None,
         reduces: dist.ProcessGroup | None,
     ) -> Tensor:
@@ -152,7 +166,7 @@ class _FrozenProduct(torch.autograd.Function):
             gathers: over which x is gathered along its first dimension, and its gradient reduced and scattered.
             reduces: over which the gradient of x is summed.
         """
-        ctx.save_for_backward(values_NK, scales_N)
+        ctx.save_for_backward(values_NK, scales_N, ones_K)
         ctx.shape, ctx.gathers, ctx.reduces = x_sbK.shape, gathers, reduces
         S = x_sbK.shape[0] * (1 if gathers is None else gathers.size())
         shape_SbN = (S, *x_sbK.shape[1:-1], values_NK.shape[0])
@@ -165,20 +179,20 @@ class _FrozenProduct(torch.autograd.Function):
         return _product(values_MK, scales_M, values_NK.t(), scales_N, x_sbK.dtype, fast=True).view(shape_SbN)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        values_NK, scales_N = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        values_NK, scales_N, ones_K = ctx.saved_tensors
         (gradient_SbN,) = gradients
         if gradient_SbN.numel() == 0:
-            return gradient_SbN.new_empty(ctx.shape), None, None, None, None
+            return gradient_SbN.new_empty(ctx.shape), None, None, None, None, None
         values_MN, scales_M = _cast_scaled(gradient_SbN.flatten(0, -2), scales_N)
-        ones_K = scales_N.new_ones(values_NK.shape[1])
-        out_MK = _product(values_MN, scales_M, _turned(values_NK).t(), ones_K, gradient_SbN.dtype, fast=False)
+        turned_KN = _turned(values_NK.view(torch.uint8)).view(E4M3)
+        out_MK = _product(values_MN, scales_M, turned_KN.t(), ones_K, gradient_SbN.dtype, fast=False)
         if ctx.gathers is not None:
             whole_MK, out_MK = out_MK, out_MK.new_empty(math.prod(ctx.shape[:-1]), ctx.shape[-1])
             dist.reduce_scatter_tensor(out_MK, whole_MK, group=ctx.gathers)
         elif ctx.reduces is not None:
             dist.all_reduce(out_MK, group=ctx.reduces)
-        return out_MK.view(ctx.shape), None, None, None, None
+        return out_MK.view(ctx.shape), None, None, None, None, None
 
 
 def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:

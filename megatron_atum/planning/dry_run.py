@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_atum.config.schema import Config, SourceConfig
+from megatron_atum.config.schema import Config, KernelsConfig, SourceConfig
 from megatron_atum.model.frozen_gemm import frozen_matrices
 from megatron_atum.model.inputs import StageInput
 from megatron_atum.parallel.cpu_compat import emulated_cuda
@@ -63,6 +63,7 @@ class DeviceMemory:
     optimizer: int  # fp32 weights and moments
     inputs: int  # batches of the step
     activations: int  # the most that lives besides all of that
+    host: int = 0  # not on the device: what this rank keeps in the memory of its host, originals of 8-bit weights
 
     @property
     def total(self) -> int:
@@ -143,7 +144,8 @@ def as_on_accelerator(config: Config) -> Config:
         optimizer = replace(optimizer, overlap_param_gather=optimizer.distributed and optimizer.overlap_grad_reduce)
     if not data.sources:
         data = replace(data, sources=[SourceConfig(name="rows", shards="")])
-    kernels = replace(config.kernels, backend="torch", adam="torch")  # the others need a device
+    # Other backends need a device. Of te's fp8 nothing is known here (planning/report.py says so).
+    kernels = KernelsConfig(frozen_gemm=config.kernels.frozen_gemm if config.kernels.backend == "torch" else "bf16")
     return replace(config, training=training, optimizer=optimizer, data=data, kernels=kernels)
 
 
@@ -175,7 +177,9 @@ def _play(
         every = [parameter for stage in engine.stages for parameter in stage.parameters()]
         memory.watch(every)
         engine.cast_frozen()
-        memory.release(weight for _, weight, _ in frozen_matrices(engine.stages))  # a real run's host has them
+        originals = [weight for _, weight, _ in frozen_matrices(engine.stages)]  # a real run's host has them
+        host = sum(weight.nbytes for weight in originals)
+        memory.release(originals)
         parameters = memory.live
         engine.build_optimizer()
         gradients = sum(buffer.grad_data.nbytes for chunk in engine.chunks for buffer in chunk.buffers)
@@ -198,6 +202,7 @@ def _play(
             optimizer=static - parameters - gradients,
             inputs=_input_bytes(inputs[0]),
             activations=memory.peak - static,
+            host=host,
         ),
         parameters=sum(parameter.numel() for parameter in every),
         trainable=sum(parameter.numel() for parameter in every if parameter.requires_grad),

@@ -34,6 +34,7 @@ class Part:
     gradients: int = 0
     optimizer: int = 0  # before it is shared out over data-parallel ranks
     kept: int = 0  # by a microbatch between its forward and its backward
+    host: int = 0  # in the memory of the host
 
     def times(self, number: int) -> Part:
         return Part(*(value * number for value in vars(self).values()))
@@ -146,6 +147,7 @@ def _stage(layout: ParallelLayout, parts: Parts, stage: int, microbatches: int, 
         optimizer=static.optimizer // shards,
         inputs=max(parts.inputs[place] for place in ends) * microbatches,
         activations=under_way + max(parts.passing[place] - done.get(place, 0) for place in ends),
+        host=static.host,
     )
 
 
@@ -234,4 +236,4 @@ def _units_of_stage(config: Config) -> int:
 
 
 def _part(run: DryRun) -> Part:
-    return Part(run.memory.parameters, run.memory.gradients, run.memory.optimizer, run.kept)
+    return Part(run.memory.parameters, run.memory.gradients, run.memory.optimizer, run.kept, run.memory.host)

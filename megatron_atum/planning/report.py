@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_atum.config.schema import KernelsConfig
 from megatron_atum.planning.atum import against, model_flops
 from megatron_atum.planning.dry_run import DryRun
 from megatron_atum.planning.plan import Planner, Row, most_gib
@@ -110,7 +111,20 @@ def words(
             )
     lines += [f"original run, {item.text}" for item in explained]
     lines.append(f"{planner.cluster.device.reserved_gib:g} GiB of each device are kept in reserve.")
+    lines += kernel_remarks(planner.config.kernels)
     return "\n".join(lines)
+
+
+def kernel_remarks(kernels: KernelsConfig) -> list[str]:
+    """What a plan and a dry run leave out of kernels.frozen_gemm=fp8: one line, or none."""
+    if kernels.frozen_gemm != "fp8":
+        return []
+    if kernels.backend == "torch":
+        return ["kernels.frozen_gemm=fp8: times are those of bf16 products; 8 bits count in memory and bytes only."]
+    return [
+        f"kernels.frozen_gemm=fp8 with kernels.backend={kernels.backend}: times, memory and bytes are those of bf16; "
+        "Transformer Engine's 8-bit copies of frozen weights are not counted."
+    ]
 
 
 def _reasons(best: Row, others: Sequence[Row]) -> list[str]:
@@ -154,12 +168,13 @@ def _speed_ups(row: Row, rivals: Sequence[Rival], explained: Sequence[Explained]
 def dry_run_text(run: DryRun) -> str:
     """Several lines about one rank."""
     m, gib = run.memory, 2**30
-    parts = {name: value / gib for name, value in vars(m).items()}
+    parts = {name: value / gib for name, value in vars(m).items() if name != "host"}
     lines = [
         f"rank {run.rank}: stage {run.pipeline_rank}, data {run.data_rank}, tensor {run.tensor_rank}; "
         f"{run.microbatches_run} of {run.microbatches} microbatches run, {run.images} images in each",
         f"  parameters: {run.parameters:,}, of which {run.trainable:,} train",
         f"  GiB: {most_gib([m]):.2f} = " + " + ".join(f"{name} {value:.2f}" for name, value in parts.items()),
+        *([f"  GiB in the memory of the host: {m.host / gib:.2f}, originals of 8-bit weights"] if m.host else []),
         "  TFLOP of a step: " + ", ".join(f"{kind} {count / 1e12:.2f}" for kind, count in run.flops.items()),
     ]
     head = ("", "operation", "group", "ranks", "link", "calls", "payload GB", "sent GB")

@@ -2,7 +2,8 @@
 
 Frozen weights must never change, and are the same on all data-parallel ranks. A checksum of each, compared over time
 and over these ranks, costs one pass over the weights. Where products use a copy in 8 bits, the copy is what is watched;
-what it was cast from is compared over ranks once.
+what it was cast from is compared over ranks once. Transformer Engine's own 8-bit copies are not watched: with
+kernels.backend=te the sums are of the weights that it casts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from megatron_atum.errors import HealthFailure, listed
 from megatron_atum.model.frozen_gemm import frozen_matrices
 from megatron_atum.parallel.agreement import all_true
+from megatron_atum.parallel.device import device
 from megatron_atum.parallel.groups import ProcessGroups
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,6 +62,7 @@ class FrozenWeights:
         if copies:
             used = {f"{name} in 8 bits": matrix.values_NK for name, matrix in copies.items()}
             used |= {f"scales of {name}": matrix.scales_N for name, matrix in copies.items()}
+            used |= {f"ones of {name}": matrix.ones_K for name, matrix in copies.items()}
             self._watch(used | {name: weight for name, weight in frozen.items() if name not in copies})
 
     def _watch(self, frozen: dict[str, Tensor]) -> None:
@@ -95,8 +98,8 @@ class FrozenWeights:
         raise HealthFailure(f"{what}: {'; '.join(one for part in everyone for one in part)}. {advice}")
 
     def _checksums(self) -> list[int]:
-        """The bits of each weight, added up."""
-        sums = [checksum(weight.detach()) for weight in self._weights]
+        """The bits of each weight, added up where it is: what was cast to 8 bits is in the memory of the host."""
+        sums = [checksum(weight.detach()).to(device()) for weight in self._weights]
         return torch.stack(sums).tolist() if sums else []
 
 

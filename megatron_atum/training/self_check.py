@@ -6,6 +6,8 @@ Legend: b rows, S tokens, I images of a row, N images of a microbatch.
 from __future__ import annotations
 
 import platform
+import socket
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -99,11 +101,23 @@ def _frozen_products(engine: Engine) -> Iterable[str]:
         mine += torch.tensor([0 if groups.tensor_rank else len(found), now, before], device=engine.device)
     dist.all_reduce(mine)
     matrices, now, before = mine.tolist()
+    hosts = _of_hosts(sum(weight.nbytes for _, weight, _ in found))
     if not matrices:
         yield "frozen products: kernels.frozen_gemm=fp8 has nothing to cast, as no matrix of torch's layers is frozen"
         return
     gib = f"{now / 2**30:.3g} GiB on the devices of each model replica in the place of {before / 2**30:.3g}"
-    yield f"frozen products: {matrices} matrices in fp8, {gib}, which the hosts keep"
+    node = f"{max(hosts.values()) / 2**30:.3g} GiB in the memory of a node"
+    yield f"frozen products: {matrices} matrices in fp8, {gib}, which the hosts keep: at most {node}"
+
+
+def _of_hosts(mine: int) -> Counter[str]:
+    """The sum of a number of all ranks, by host. Collective over all ranks."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), mine))
+    hosts: Counter[str] = Counter()
+    for host, number in everyone:
+        hosts[host] += number
+    return hosts
 
 
 def _groups(groups: ProcessGroups) -> str:

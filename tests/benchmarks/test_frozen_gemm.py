@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import frozen_gemm
 from benchmarks.frozen_gemm import FIRST, LENGTH, LIKELY, PAIRS, SUCCESSORS, WAYS, make_batch, successors
+from megatron_atum.model.frozen_gemm import FrozenMatrix
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +39,36 @@ def test_quick_run() -> None:
     assert exchanged["bf16"]["rms"] < exchanged["head in fp8"]["rms"] < 0.5
     assert (report["products"] is None) == (not torch.cuda.is_available())
     assert {"cpu", "cores", "date", "torch", "device"} <= set(report)
+
+
+def test_products_run_before_any_is_timed_and_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are then those for any size, and no weight stays in a cache."""
+    done: list[str] = []
+    of, milliseconds = FrozenMatrix.of, frozen_gemm._milliseconds
+
+    def cast(weight: torch.Tensor, group: None) -> FrozenMatrix:
+        done.append(f"cast {weight.shape[1]}")
+        return of(weight, group)
+
+    def timed(runs: Sequence[frozen_gemm.Run]) -> float:
+        done.append(f"timed {len(runs)}")
+        return milliseconds(runs, times=2, rounds=1)
+
+    monkeypatch.setattr(FrozenMatrix, "of", cast)
+    monkeypatch.setattr(frozen_gemm, "_milliseconds", timed)
+    monkeypatch.setattr(frozen_gemm, "SHAPES", {"a": (8, 16, 32, True), "b": (8, 64, 16, False)})
+    monkeypatch.setattr(frozen_gemm, "BEYOND_CACHE", 3 * 64 * 16)
+    found = frozen_gemm.products()
+    assert done[:2] == ["cast 16", "cast 64"], "all shapes before the first time"
+    assert done[2:] == ["cast 16"] * 6 + ["timed 6"] * 4 + ["cast 64"] * 3 + ["timed 3"] * 2
+    assert found["a"]["fp8 backward ms"] > 0 and "fp8 backward ms" not in found["b"]
+
+
+def test_the_weights_that_take_turns() -> None:
+    """Each of them is another one."""
+    for forwards, *_ in frozen_gemm._ways(8, 16, 32, 3).values():
+        results = [run() for run in forwards]
+        assert len(results) == 3 and not any(torch.equal(results[n], results[n - 1]) for n in range(3))
 
 
 def test_images_tell_which_successor_is_likely() -> None:

@@ -8,10 +8,12 @@ import gc
 import json
 import math
 import os
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +233,24 @@ def test_the_better_of_two_settings_is_compared() -> None:
     assert gpu_step_results.over_best_hf([rows[0], replace(rows[2], images="1")]) == {}
 
 
+def test_ratios_are_of_rows_of_one_process(tmp_path: Path) -> None:
+    rates = {OURS: 30.0, HF: 20.0, HF_SAVING: 10.0}
+    path = tmp_path / "results.json"
+    first = Results(ABOUT, path)
+    for who, rate in rates.items():
+        first.add(row(who, who, tokens_per_s=rate, model_tflops=rate))
+    first.add(row(FP8, FP8, model_tflops=60.0))
+    content = json.loads(path.read_text())
+    assert len({one["run"] for one in content["rows"]}) == 1 and content["rows"][0]["run"]
+    assert content["over_best_hf"] == {"2048 tokens, 11 images": 1.5}
+    assert [target.found for target in targets(content)][1:5] == ["2.00", "2.00", "1.50", "1.50"]
+    for again, found in ((HF_SAVING, ["2.00", "2.00", None, None]), (OURS, [None] * 4)):
+        second = Results(ABOUT, path, json.loads(path.read_text()))
+        second.add(row(again, again, tokens_per_s=rates[again], model_tflops=30.0))
+        assert [target.found for target in targets(second.content())][1:5] == found, again
+        assert bool(second.content()["over_best_hf"]) == (found[2] is not None)
+
+
 def judged(*rows: Row, waits: list[Any] | None = None, waiting: dict[str, int] | None = None) -> list[Target]:
     results = Results(ABOUT, None, {"rows": [asdict(one) for one in rows]})
     content = results.content()
@@ -273,9 +293,39 @@ def test_the_host_may_wait_in_three_places() -> None:
         return target.found, target.met
 
     assert verdict(known, cudaStreamSynchronize=1, cudaDeviceSynchronize=2) == ("none", True)
+    whole = gpu_step_measure.wait_at(str(loss), line, 1, gpu_step_measure.DEVICE)
+    assert verdict(whole, cudaDeviceSynchronize=2) == ("none", True)
+    unseen = ("1 more in the profile of ours-2048-11", False)
+    assert verdict(whole, cudaStreamSynchronize=1) == unseen, "a wait of another kind explains nothing"
     assert verdict(known, other) == ("training/loss.py:1", False)
     assert verdict(known, cudaStreamSynchronize=3) == ("2 more in the profile of ours-2048-11", False)
     assert verdict(known, cudaEventSynchronize=1) == ("1 more in the profile of ours-2048-11", False)
+
+
+def test_waits_of_both_kinds_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_step_measure, "has_accelerator", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+
+    def step() -> None:
+        torch.cuda.synchronize()
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    found = {wait.call: (wait.times, wait.function) for wait in gpu_step_measure.waits(step)}
+    assert found == {"cudaDeviceSynchronize": (1, "step"), "cudaStreamSynchronize": (2, "step")}
+
+
+def test_a_step_that_training_would_not_apply_is_no_measurement() -> None:
+    shard: Any = object.__new__(gpu_step_sides.LoneShard)
+    shard.batches = []
+    for finite in (True, False):
+        shard.engine = SimpleNamespace(
+            step=lambda batches, finite=finite: SimpleNamespace(is_finite=finite, losses={}, grad_norm=0.0)
+        )
+        for step in (shard.step, shard.short_step):
+            with contextlib.nullcontext() if finite else pytest.raises(AssertionError, match="would not apply"):
+                step()
 
 
 def test_the_known_places_are_there() -> None:

@@ -254,3 +254,17 @@ def test_sides_of_matrices_in_8_bits(key: str, value: int, changes: list[str]) -
 @pytest.mark.parametrize("name", ["tiny", "atum-9b", "atum-80b"])
 def test_models_that_have_such_sides(name: str) -> None:
     load_config(None, [*FP8, f"model.preset={name}", "parallel.tensor=4"])
+
+
+def test_rows_of_transformer_engine_in_8_bits() -> None:
+    """A multiple of 8 on each rank that has a part of the sequence."""
+    te = [*FP8, "kernels.backend=te", "training.micro_batch_size=2", "model.preset=tiny"]
+    split = ["data.sequence_length=36", "parallel.tensor=2"]
+    for changes in (["data.sequence_length=42"], split):
+        message = refusal([*te, *changes])
+        assert changes[0] in message and message.endswith("kernels.frozen_gemm=bf16 would work")
+        for other in ("kernels.frozen_gemm=bf16", "kernels.backend=torch", "model.freeze.text=false"):
+            load_config(None, [*te, *changes, other])
+        load_config(None, [*te, *changes, "model.freeze.text_exceptions=[Linear]"])
+    load_config(None, [*te, *split, "parallel.sequence=false"])
+    load_config(None, [*te, "data.sequence_length=44"])

@@ -32,6 +32,7 @@ from megatron_atum.model.frozen_gemm import (
     weight_bytes,
 )
 from megatron_atum.parallel.device import device, memory_gib
+from megatron_atum.planning.recorder import GRAIN, Recorder
 from megatron_atum.training.corruption import FrozenWeights
 from megatron_atum.training.self_check import describe
 from tests.checkpoint.runs import config_of, engine_of, resumed_engine, saved, steps, weights
@@ -129,6 +130,7 @@ def test_products_are_within_their_bounds(M: int, dtype: torch.dtype) -> None:
 
 
 def _check_bounds(x: Tensor, weight: Tensor, upstream: Tensor) -> None:
+    rounding = ROUNDING[upstream.dtype]
     matrix = matrix_of(weight)
     assert (matrix.values_NK.dtype, matrix.scales_N.dtype) == (E4M3, torch.float32)
     y = multiplied(matrix, x.requires_grad_())
@@ -139,7 +141,7 @@ def _check_bounds(x: Tensor, weight: Tensor, upstream: Tensor) -> None:
     weight_error = _cast_error(weight)
     assert bool(((cast_weight - weight).abs() <= weight_error).all())
 
-    plain, rounding = x @ weight.t(), ROUNDING[upstream.dtype] if upstream.dtype in ROUNDING else 2**-8
+    plain = x @ weight.t()
     bound = _cast_error(x) @ cast_weight.abs().t() + x.abs() @ weight_error.t()
     bound += rounding * (x.abs() @ cast_weight.abs().t())
     assert bool(((y - plain).abs() <= bound).all())
@@ -150,6 +152,24 @@ def _check_bounds(x: Tensor, weight: Tensor, upstream: Tensor) -> None:
     bound += rounding * (upstream.abs() @ cast_weight.abs())
     assert bool(((found - plain).abs() <= bound).all())
     assert float((found - plain).norm() / plain.norm()) < 0.06
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_weight_is_cast_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a whole would be, with little memory: its product with the scales would be in fp32."""
+    weight = random(510, 128).to(dtype)
+    whole = matrix_of(weight)
+    values, scales = cast_rows(weight)
+    assert torch.equal(whole.values_NK.float(), values.float()) and torch.equal(whole.scales_N, scales)
+    assert whole.ones_K.tolist() == [1.0] * 128
+    assert whole.nbytes == 510 * 128 + 4 * 510 + 4 * 128
+    monkeypatch.setattr(frozen_gemm, "_AT_ONCE", 16 * 128 + 5)
+    with Recorder() as recorder:
+        parts = matrix_of(weight)
+    assert all(torch.equal(one.float(), other.float()) for one, other in zip(parts.tensors, whole.tensors, strict=True))
+    of_rows = 5 * 4 * 510  # numbers for each row
+    assert recorder.memory.peak - weight.nbytes < parts.nbytes + 2 * 4 * 16 * 128 + of_rows + 100 * GRAIN
+    assert 4 * weight.numel() > 2 * 4 * 16 * 128 + of_rows + 100 * GRAIN, "else the bound says nothing"
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
@@ -325,7 +345,8 @@ def cast_twice(rank: int, world_size: int, path: str, degrees: Degrees) -> dict[
         "same": all(matrix is matrices[name] for name, _, matrix in frozen_matrices(engine.stages)),
         "saved": before - weight_bytes(engine.stages),
         "halved": sum(elements[weight] for _, weight, _ in frozen_matrices(engine.stages)),
-        "scales": sum(4 * matrix.scales_N.numel() for matrix in matrices.values()),
+        "scales": sum(4 * sum(matrix.values_NK.shape) for matrix in matrices.values()),
+        "originals": sum(weight.nbytes for _, weight, _ in frozen_matrices(engine.stages)),
         "unchanged": all(torch.equal(p, original[name]) for name, p in named_weights(engine.stages).items()),
         "values": {name: matrix.values_NK for name, matrix in matrices.items()},
         "said": describe(engine, {"a": 1.0}, "x"),
@@ -357,6 +378,9 @@ def test_a_run_says_what_is_cast(twice: dict[str, list[dict[str, Any]]]) -> None
     assert all("24 matrices in fp8" in line and "which the hosts keep" in line for line in lines.values())
     values = sum(value.numel() for value in twice["one"][0]["values"].values())
     assert f"in the place of {2 * values / 2**30:.3g}" in lines["one"]
+    for name, ranks in twice.items():  # all of them on one host
+        gib = sum(rank["originals"] for rank in ranks) / 2**30
+        assert lines[name].endswith(f"which the hosts keep: at most {gib:.3g} GiB in the memory of a node")
 
 
 def test_split_matrices_are_cast_as_whole_ones(twice: dict[str, list[dict[str, Any]]]) -> None:
@@ -443,7 +467,7 @@ def test_checkpoints_hold_the_originals_and_runs_go_on_from_them(degrees: Degree
 
 
 def flipped(rank: int, world_size: int, path: str, degrees: Degrees) -> list[str]:
-    """What the watch says of sound copies, of a flipped bit in one, of one in a scale, and of one in an original."""
+    """What the watch says of sound copies, of a flipped bit in each of their parts, and of one in an original."""
     expected: Expected = torch.load(path, weights_only=False)
     engine = build_engine(fp8_config(expected, precision="bf16"), degrees, expected.state)
     engine.build_optimizer()
@@ -451,7 +475,8 @@ def flipped(rank: int, world_size: int, path: str, degrees: Degrees) -> list[str
     watch = FrozenWeights(engine.stages, engine.groups)
     _, weight, matrix = next(frozen_matrices(engine.stages))
     said = [_said(watch.check)]
-    for bits in (matrix.values_NK.view(torch.uint8), matrix.scales_N.view(torch.int32)):
+    parts = (matrix.values_NK.view(torch.uint8), matrix.scales_N.view(torch.int32), matrix.ones_K.view(torch.int32))
+    for bits in parts:
         bits.view(-1)[5] ^= 1 if rank == world_size - 1 else 0
         said.append(_said(watch.check))
         bits.view(-1)[5] ^= 1 if rank == world_size - 1 else 0
@@ -469,9 +494,9 @@ def _said(act: Any) -> str:
 
 def test_a_flipped_bit_in_a_copy_is_found(path: Path) -> None:
     name = "vision.layers.0.self_attention.linear_proj.weight"
-    sound, value, scale, original = run_distributed(flipped, 2, str(path), Degrees(data=2))[0]
+    sound, value, scale, one, original = run_distributed(flipped, 2, str(path), Degrees(data=2))[0]
     assert sound == ""
-    for said, what in ((value, f"{name} in 8 bits"), (scale, f"scales of {name}")):
+    for said, what in ((value, f"{name} in 8 bits"), (scale, f"scales of {name}"), (one, f"ones of {name}")):
         assert said.startswith("frozen weights have changed: rank 1 on ") and f" since the start: {what}." in said
     assert original.startswith("frozen weights differ at the start") and f": {name}." in original
 
@@ -527,7 +552,9 @@ def trained_on_gpu(rank: int, world_size: int, path: str, fp8: bool) -> dict[str
     engine.build_optimizer()
     engine.cast_frozen()
     places = {weight.device.type for _, weight, _ in frozen_matrices(engine.stages)}
+    watch = FrozenWeights(engine.stages, engine.groups)  # of weights on the host and on the device
     losses = [engine.step(expected.batches).losses["loss"] for _ in range(3)]
+    watch.check()
     return {"losses": losses, "places": places, "gib": memory_gib()}
 
 

@@ -76,6 +76,7 @@ def test_parts_add_up(name: str, both: dict[str, Both]) -> None:
         assert added.optimizer == pytest.approx(played.optimizer, rel=0.03)
         assert added.activations == pytest.approx(played.activations, rel=0.02)
         assert added.total == pytest.approx(played.total, rel=0.02)
+        assert added.host == played.host and bool(played.host) == (name == "frozen in 8 bits")
 
 
 def under_way(stage: int, pipeline: int, virtual: int, microbatches: int, kept: list[int]) -> int:

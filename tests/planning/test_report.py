@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_atum.config.loader import load_config
+from megatron_atum.config.schema import KernelsConfig
 from megatron_atum.planning import report
 from megatron_atum.planning.cluster import load_cluster
 from megatron_atum.planning.dry_run import DeviceMemory, DryRun, Message
@@ -220,6 +221,19 @@ def test_other_schemes() -> None:
         assert line[8:] == ([] if scheme.overlaps else ["at least"])
 
 
+def test_what_is_left_out_of_8_bits_is_said(small: tuple[Planner, Row, list[Row]]) -> None:
+    plan_of, own, rows = small
+    for backend, frozen_gemm, words in (
+        ("torch", "bf16", None),
+        ("te", "bf16", None),
+        ("torch", "fp8", "times are those of bf16 products; 8 bits count in memory and bytes only"),
+        ("te", "fp8", "Transformer Engine's 8-bit copies of frozen weights are not counted"),
+    ):
+        plan_of.config = replace(plan_of.config, kernels=KernelsConfig(backend=backend, frozen_gemm=frozen_gemm))
+        lines = [line for line in said((plan_of, own, rows), rows, []) if "frozen_gemm" in line]
+        assert len(lines) == (words is not None) and all(words in line for line in lines if words)
+
+
 def test_published_runs() -> None:
     rows = validation_rows()
     _, *lines = cells(report.validation_table(rows))
@@ -239,6 +253,10 @@ def test_a_dry_run() -> None:
     assert "14.25 = parameters 3.00 + gradients 4.00 + optimizer 5.00 + inputs 0.25 + activations 2.00" in text
     assert "gemm 1.50, attention 0.25" in text
     assert cells(text)[-2][1:] == ["all_reduce", "tensor", "4", "node", "1,234", "8.000", "12.000"]
+    assert "memory of the host" not in text
+    keeps = report.dry_run_text(_run(replace(memory, host=7 * GIB), [message]))
+    assert "14.25 = parameters 3.00" in keeps and "activations 2.00\n" in keeps
+    assert "GiB in the memory of the host: 7.00, originals of 8-bit weights" in keeps
     found = json.loads(json.dumps(report.dry_run_json(run)))
     assert (found["memory_gib"], found["memory"]["optimizer"], found["unreached"]) == (14.25, 5 * GIB, ["a.weight"])
 

@@ -139,6 +139,17 @@ def test_single_ranks(files: dict[str, Path]) -> None:
     )
     assert sent["send", "node"] == received["receive", "node"] > 0
     assert "rank 1: stage 1, data 0, tensor 0" in done.out
+    assert "frozen_gemm" not in done.out
+
+
+def test_single_ranks_say_what_they_leave_out(files: dict[str, Path]) -> None:
+    done = forked(
+        *("--config", files["config"], "--cluster", files["node"], "--dry-run", "--ranks", "0"),
+        *("kernels.backend=te", "kernels.frozen_gemm=fp8", "model.freeze.text=true"),
+    )
+    assert done.code == 0, done.err
+    assert done.out.count("Transformer Engine's 8-bit copies of frozen weights are not counted") == 1
+    assert last_line(done)["dry_runs"][0]["memory"]["host"] == 0
 
 
 def test_the_built_in_laptop_has_room(files: dict[str, Path]) -> None:
