@@ -20,6 +20,7 @@ from megatron.core.optimizer import distrib_optimizer
 
 from megatron_atum.errors import ConfigError, first_line
 from megatron_atum.parallel.device import has_accelerator
+from megatron_atum.parallel.patching import replaced
 
 TORCH = "torch"
 _FUSED = {  # module of the FusedAdam, and how it gets there
@@ -65,16 +66,9 @@ def chosen_adam(name: str) -> Iterator[None]:
         ConfigError: it cannot be imported here.
     """
     chosen = adam_class(name)
-    places = [
+    with replaced(
         (mcore_optimizer, "Adam", chosen),
         (mcore_optimizer, "USING_PYTORCH_OPTIMIZER", name == TORCH),  # else it passes arguments that torch's lacks
         (distrib_optimizer, "Adam", chosen),
-    ]
-    before = [getattr(module, attribute) for module, attribute, _ in places]
-    for module, attribute, value in places:
-        setattr(module, attribute, value)
-    try:
+    ):
         yield
-    finally:
-        for (module, attribute, _), value in zip(places, before, strict=True):
-            setattr(module, attribute, value)

@@ -19,6 +19,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
+from megatron_atum.parallel.patching import replaced
+
 BACKEND = "fake"
 
 
@@ -33,7 +35,7 @@ class FakeWorld:
     @contextlib.contextmanager
     def tensors(self) -> Iterator[None]:
         """Within the block new tensors have no memory, and real ones may take part."""
-        with _replaced((dist, "all_gather_object", _all_alike)), self._mode:
+        with replaced((dist, "all_gather_object", _all_alike)), self._mode:
             yield
 
 
@@ -59,7 +61,7 @@ def lone_rank(rank: int, world_size: int) -> Iterator[None]:
         (dist, "reduce_scatter_tensor", _own_part),
         *((module, "dist_reduce_scatter_func", _own_part) for module in (layers, mappings)),
     ]
-    with _fake_groups(rank, world_size), _replaced(*answers):
+    with _fake_groups(rank, world_size), replaced(*answers):
         yield
 
 
@@ -76,19 +78,6 @@ def _fake_groups(rank: int, world_size: int) -> Iterator[None]:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         sys.excepthook = hook
-
-
-@contextlib.contextmanager
-def _replaced(*places: tuple[Any, str, Any]) -> Iterator[None]:
-    """Args: places: module, name in it, and what stands there within the block."""
-    before = [getattr(module, name) for module, name, _ in places]
-    for module, name, value in places:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for (module, name, _), value in zip(places, before, strict=True):
-            setattr(module, name, value)
 
 
 def is_fake() -> bool:
