@@ -29,7 +29,8 @@ test: ## lint, types and all tests
 	@bash tools/setup_cluster_tests.sh
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
-	@$(MAKE) --no-print-directory unit ARGS="-n $(JOBS) --dist loadfile $(ARGS)"
+	@$(MAKE) --no-print-directory unit ARGS="-m 'not alone' -n $(JOBS) --dist loadfile $(ARGS)"
+	@$(MAKE) --no-print-directory unit ARGS="-m alone $(ARGS)"
 
 test-cluster: setup ## real Slurm, SageMaker's toolkit, hadolint, buildah; as root, else it says what was not run
 	@bash tools/setup_cluster_tests.sh

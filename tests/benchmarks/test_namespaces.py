@@ -18,6 +18,8 @@ import pytest
 from benchmarks import namespaces
 from benchmarks.namespaces import FakeNodes, fake_nodes, remove_leftovers, undisturbed, why_not
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 PORT = 5000
 

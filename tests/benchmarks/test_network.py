@@ -43,6 +43,8 @@ from megatron_atum.errors import ConfigError
 from megatron_atum.model.stage_tensor import latent_rows
 from tests.distributed import _server
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -120,6 +120,7 @@ def test_transient_errors_of_a_server(failure: str, proxy: Proxy, s3: Storage):
     assert proxy.failures == [] and s3.retries == 2
 
 
+@pytest.mark.alone
 def test_a_server_that_does_not_answer(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(core.S3_OPTIONS["config_kwargs"], "read_timeout", 0.1)  # seconds
     storage = Storage(tries=2, first_wait_s=0.001)

@@ -27,7 +27,7 @@ Options = Sequence[str]  # of sbatch
 TWO_RANKS = ["parallel.pipeline=2"]
 FOUR_RANKS = ["parallel.tensor=2", "parallel.pipeline=2"]
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +177,10 @@ def test_the_time_limit_and_a_node_that_is_drained(
     slurm: SlurmCluster, data: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]]
 ) -> None:
     """What runs on the node goes on. Told of the limit, the job saves, and starts again when there are two nodes."""
-    run = started(slurm, tmp_path, data, options=["--time=2", "--signal=B:USR1@90"])
+    run = started(slurm, tmp_path, data, options=["--signal=B:USR1@90"])
     run.wait_until_held()
+    hours, minutes, _ = map(int, slurm.job(run.job)["RunTime"].split(":"))
+    slurm.call("scontrol", "update", f"JobId={run.job}", f"TimeLimit={60 * hours + minutes + 2}")
     slurm.call("scontrol", "update", "NodeName=n1", "State=DRAIN", "Reason=test")
     try:
         assert (run.state(), slurm.node_state(1)) == ("RUNNING", "draining")

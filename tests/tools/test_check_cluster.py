@@ -14,6 +14,8 @@ import pytest
 
 from benchmarks.namespaces import fake_nodes, why_not
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "megatron_atum/planning/clusters/laptop.yaml"
 # Without those of a job that these tests may run in.

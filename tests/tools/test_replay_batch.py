@@ -37,7 +37,7 @@ def bad_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("blown_up")
     changes = ["training.steps=4", "training.global_batch_size=4", "training.micro_batch_size=2", *BLOWN_UP]
     outcome = run(root, [*SMALL, *data_overrides(make_data(root / "data")), *changes], 1)
-    assert outcome.codes == [1] and "tools/replay_batch.py" in outcome.logs[0], outcome.logs
+    assert outcome.codes == [3] and "tools/replay_batch.py" in outcome.logs[0], outcome.logs
     return root / RUN
 
 
